@@ -1,0 +1,131 @@
+"""What a decision was worth: loss kept, memory saved, error made. Every term is measured, none is estimated.
+
+For layer l of one interval (the optimizer steps between two decisions):
+
+    r_l = -alpha * loss_term + beta * (1 - bytes_l / adamw_bytes_l) - gamma * error_l
+
+`bytes_l` are the bytes that the layer's state occupies, `adamw_bytes_l` the 8 bytes per parameter of AdamW,
+`error_l` the relative l2 error that storing the state added. Bytes and error are the layer's own, the loss is shared.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOSS_TERMS = ("twin", "raw")
+LOSS_FLOOR = 0.1            # the loss term is relative to at least this fraction of the run's first loss
+LOSS_CLIP = 2.0             # largest |loss term| of an interval that did not diverge
+ERROR_CLIP = 10.0           # largest error that is charged; the relative error of forgetting everything is 1
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RewardTerms:
+    """The unweighted terms of one interval and the rewards made of them; `rewards` can be recomputed from the rest."""
+
+    loss: float                                              # shared by all layers; with the penalty where the run diverged
+    memory: Floats                                           # (L,) 1 - bytes / AdamW's bytes
+    error: Floats                                            # (L,) relative error
+    rewards: Floats                                          # (L,)
+
+    @property
+    def reward(self) -> float:
+        """The run's reward: the mean over layers."""
+        return float(self.rewards.mean())
+
+    def components(self) -> dict[str, float]:
+        """The unweighted terms, means over layers: what `info` and progress lines show."""
+        return {"loss": self.loss, "memory": float(self.memory.mean()), "error": float(self.error.mean())}
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """Weights of the three terms.
+
+    `loss="twin"`: the relative gap of the interval's mean loss to that of the uncompressed twin of the same workload
+    and seed over the same steps, `(loss - twin) / max(|twin|, 0.1 * |first loss|)`. `loss="raw"`: the relative change
+    since the interval before, on the same scale; it needs no twin. Both are clipped to [-2, 2]; the floor keeps a
+    training loss near zero from making noise look like damage.
+
+    The defaults make the terms comparable. Between the rungs of the ladder the memory term moves by about 0.9, the
+    error by 0.01 (8 bits) to 0.6 (2 bits), and a loss gap that a user would mind is a few per cent; so with
+    `beta = gamma = 0.1` all of a layer's memory is worth a loss gap of 9 %, and going from 8 to 4 bits earns about what
+    a gap of 1 % costs.
+
+    A run that diverges is charged `divergence_penalty` through the loss term for this decision and every one that the
+    episode still had, as if the worst loss had stayed: giving up early never pays.
+
+    >>> Reward(beta=-1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: beta=-1.0 must be a finite weight >= 0
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+    gamma: float = 0.1
+    loss: str = "twin"
+    divergence_penalty: float = 2.0                          # loss term per decision lost
+
+    def __post_init__(self) -> None:
+        for weight in ("alpha", "beta", "gamma", "divergence_penalty"):
+            value = getattr(self, weight)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{weight}={value!r} must be a finite weight >= 0")
+        if self.loss not in LOSS_TERMS:
+            raise ValueError(f"loss={self.loss!r} is not one of {LOSS_TERMS}")
+
+    def loss_term(self, loss: float, reference: float | None, first: float) -> float:
+        """The relative gap of `loss` to `reference` (None: nothing to compare with, 0)."""
+        if reference is None or not math.isfinite(reference):
+            return 0.0
+        scale = max(abs(reference), LOSS_FLOOR * abs(first), 1e-8)
+        gap = (loss - reference) / scale
+        return LOSS_CLIP if math.isnan(gap) else min(max(gap, -LOSS_CLIP), LOSS_CLIP)
+
+    def terms(
+        self,
+        *,
+        loss: float,
+        reference: float | None,
+        first: float,
+        layer_bytes: NDArray[Any],
+        adamw_bytes: NDArray[Any],
+        errors: NDArray[Any],
+        lost_decisions: int = 0,
+    ) -> RewardTerms:
+        """Score one interval.
+
+        `loss`: its mean loss; `reference`: what to compare it with; `first`: the run's first loss;
+        `layer_bytes`, `adamw_bytes`, `errors`: (L,); `lost_decisions`: 0, or where the run diverged, this decision and
+        those that the episode still had.
+        """
+        lost = self.divergence_penalty * lost_decisions
+        # In the precision that is stored, so that rewards recomputed from the logs are equal, not merely close.
+        loss_term = float(np.float32(lost if lost_decisions else self.loss_term(loss, reference, first)))
+        memory = (1 - np.asarray(layer_bytes, np.float64) / np.asarray(adamw_bytes, np.float64)).astype(np.float32)
+        error = np.nan_to_num(np.asarray(errors, np.float32), nan=ERROR_CLIP, posinf=ERROR_CLIP).clip(0, ERROR_CLIP)
+        return RewardTerms(loss_term, memory, error, self.combine(loss_term, memory, error))
+
+    def combine(self, loss: float | NDArray[Any], memory: NDArray[Any], error: NDArray[Any]) -> Floats:
+        """Rewards from logged terms: to score recorded trajectories again under other weights."""
+        rewards = -self.alpha * np.asarray(loss, np.float64) + self.beta * memory.astype(np.float64)
+        return np.asarray(rewards - self.gamma * error.astype(np.float64), np.float32)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> "Reward":
+        """From what `to_json` wrote, or from its dict."""
+        choice = json.loads(text) if isinstance(text, str) else dict(text)
+        unknown = sorted(set(choice) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown reward weights {unknown}; known: {[f.name for f in fields(cls)]}")
+        return cls(**choice)

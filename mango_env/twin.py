@@ -1,0 +1,202 @@
+"""The uncompressed twin of a run: the same workload, seed and steps at full precision, what compression is compared with.
+
+A twin is trained once and remembered: in memory, and as JSON in `$MANGO_CACHE/twins` (default `~/.cache/mango/twins`)
+where its workload can be told apart by its source. A folder that cannot be written costs time, never a run.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+
+from mango.config import CompressionConfig
+from mango_env.reward import Reward, RewardTerms
+from mango_env.run import DEFAULT_INTERVAL, Interval, TrainingRun
+from mango_env.workloads import WORKLOADS
+from mango_env.workloads.base import WorkloadBuilder
+
+WORKLOAD_PACKAGE = "mango_env.workloads"
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """Training losses per optimizer step and the final held-out measures. `error`: what ended it early, if anything did."""
+
+    losses: tuple[float, ...]
+    evaluation: dict[str, float]
+    error: str | None = None
+
+    def mean(self, start: int, stop: int) -> float | None:
+        """Mean loss over the optimizer steps [start, stop); None where the twin did not get that far."""
+        window = self.losses[start:stop]
+        return float(np.mean(window)) if len(window) == stop - start > 0 and bool(np.isfinite(window).all()) else None
+
+
+@dataclass(frozen=True)
+class TwinIdentity:
+    """All that a twin depends on. The interval is not part of it: at full precision nothing is decided."""
+
+    workload: str | WorkloadBuilder
+    seed: int
+    horizon: int
+    lr: float
+    rule: str
+    kwargs_json: str
+    kwargs: Mapping[str, Any] = field(compare=False, repr=False)
+
+    def digest(self) -> str | None:
+        """Names the file of the twin; None where the workload cannot be told apart by its source."""
+        source = source_of(self.workload)
+        if source is None:
+            return None
+        facts = {
+            "workload": source,
+            "seed": self.seed,
+            "horizon": self.horizon,
+            "lr": self.lr,
+            "rule": self.rule,
+            "kwargs": self.kwargs_json,
+            "data": os.environ.get("MANGO_DATA", ""),
+            "mango": _version(),
+            "torch": torch.__version__,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def twin_of(run: TrainingRun) -> Twin:
+    """The twin of a run, from memory, from disk, or trained now. Never raises for what the twin's training does."""
+    kwargs = run.workload_kwargs
+    identity = TwinIdentity(
+        workload=run.spec,
+        seed=run.seed,
+        horizon=run.horizon,
+        lr=run.lr,
+        rule=run.rule,
+        kwargs_json=json.dumps(kwargs, sort_keys=True, default=repr),
+        kwargs=kwargs,
+    )
+    return _remembered(identity, os.environ.get("MANGO_CACHE"))
+
+
+def score(reward: Reward, interval: Interval, twin: Twin | None) -> RewardTerms:
+    """The reward of one interval of a run: against its twin over the same steps, or against the interval before."""
+    if reward.loss == "twin":
+        reference = None if twin is None else twin.mean(interval.start, interval.stop)
+    else:
+        reference = interval.previous_loss
+    return reward.terms(
+        loss=interval.loss,
+        reference=reference,
+        first=interval.first_loss,
+        layer_bytes=interval.bytes,
+        adamw_bytes=interval.adamw_bytes,
+        errors=interval.errors,
+        lost_decisions=1 + interval.decisions_left if interval.diverged else 0,
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _remembered(identity: TwinIdentity, cache: str | None) -> Twin:
+    digest = identity.digest()
+    folder = Path(cache) if cache else Path.home() / ".cache" / "mango"
+    path = None if digest is None else folder / "twins" / f"{digest}.json"
+    twin = read_twin(path) if path is not None else None
+    if twin is None:
+        twin = train_twin(identity)
+        if path is not None:
+            write_twin(path, twin)
+    return twin
+
+
+def train_twin(identity: TwinIdentity) -> Twin:
+    """Train at full precision; a workload that raises gives a twin that ends there."""
+    run = TrainingRun(
+        identity.workload,
+        identity.seed,
+        horizon=identity.horizon,
+        interval=max(DEFAULT_INTERVAL, identity.horizon // 20),
+        memory_budget=4.0,                                   # times AdamW's state: it never binds
+        lr=identity.lr,
+        rule=identity.rule,
+        policy=CompressionConfig(),
+        workload_kwargs=identity.kwargs,
+    )
+    losses: list[float] = []
+    error: str | None = None
+    while not run.done:
+        interval = run.advance()
+        losses += interval.losses.tolist()
+        error = interval.error or ("the loss diverged" if interval.diverged else None)
+    evaluation, problem = run.evaluate_or_error()
+    return Twin(tuple(losses), evaluation, error or problem)
+
+
+def read_twin(path: Path) -> Twin | None:
+    """A remembered twin; None where there is none or the file is damaged (it is then made again)."""
+    try:
+        stored = json.loads(path.read_text())
+        return Twin(tuple(map(float, stored["losses"])), dict(stored["evaluation"]), stored["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_twin(path: Path, twin: Twin) -> None:
+    """Written aside and renamed, so that a reader sees all of it or nothing; a full or closed disk is no error."""
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(asdict(twin)))
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def source_of(workload: str | WorkloadBuilder) -> str | None:
+    """Name and hash of the code that builds a workload; None for closures, partials and what has no source file."""
+    builder: Any = workload
+    if isinstance(workload, str):
+        name, colon, attribute = workload.rpartition(":")
+        builder = WORKLOADS.get(workload)
+        if builder is None and colon:
+            module = Path(name).expanduser() if name.endswith(".py") else sys.modules.get(name)
+            source = _module_source(module)
+            return None if source is None else f"{name}:{attribute}:{source}"
+    if isinstance(builder, FunctionType) and builder.__closure__:
+        return None
+    if not isinstance(builder, FunctionType | type):
+        return None
+    package = sys.modules[WORKLOAD_PACKAGE].__file__
+    if builder.__module__.startswith(WORKLOAD_PACKAGE) and package is not None:  # they share code between files
+        text = "".join(_module_source(path) or "" for path in sorted(Path(package).parent.glob("*.py")))
+        source = hashlib.sha256(text.encode()).hexdigest()
+    else:
+        source = _module_source(sys.modules.get(builder.__module__))
+    return None if source is None else f"{builder.__module__}:{builder.__qualname__}:{source}"
+
+
+def _module_source(module: Any) -> str | None:
+    try:
+        text = module.read_text() if isinstance(module, Path) else inspect.getsource(module)
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mango-optim")
+    except importlib.metadata.PackageNotFoundError:
+        return "unreleased"

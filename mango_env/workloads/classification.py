@@ -1,0 +1,71 @@
+"""Image classification as a workload: any model on any `ImageData`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mango_env.workloads.data import Batches, ImageData, check_positive, evaluating, load_state, save_state
+from mango_env.workloads.initialise import build
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]                     # uint8 pixels (B, C, H, W) to the same shape
+EVALUATION_BATCH = 500                                                         # images per forward pass of evaluate()
+
+
+class Classification:
+    """A classifier trained by cross-entropy on batches in a random order that is new in every epoch.
+
+    Batches follow the model to its device and dtype. `val_loss` and `val_accuracy` are taken on all of `data.val_x`.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], nn.Module],
+        data: ImageData,
+        seed: int,
+        *,
+        steps: int,
+        batch: int,
+        lr: float,
+        augment: Augmentation | None = None,
+    ) -> None:
+        check_positive(steps=steps, batch=batch)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.model = build(factory, self._generator)
+        self.steps = steps
+        self.batch = batch
+        self.lr = lr
+        self.augment = augment
+        self._data = data
+        self._batches = Batches(len(data.train_y), batch, self._generator)
+
+    def loss(self) -> Tensor:
+        index = self._batches.next()                                           # (B,)
+        pixels = self._data.train_x[index]                                     # (B, C, H, W) uint8
+        if self.augment is not None:
+            pixels = self.augment(pixels, self._generator)
+        return self._cross_entropy(pixels, self._data.train_y[index])[0]
+
+    def evaluate(self) -> dict[str, float]:
+        total, correct, count = 0.0, 0, len(self._data.val_y)
+        with evaluating(self.model):
+            for start in range(0, count, EVALUATION_BATCH):
+                part = slice(start, start + EVALUATION_BATCH)
+                labels = self._data.val_y[part]
+                loss, logits = self._cross_entropy(self._data.val_x[part], labels)
+                total += float(loss) * len(labels)
+                correct += int((logits.argmax(1).cpu() == labels).sum())
+        return {"val_loss": total / count, "val_accuracy": correct / count}
+
+    def state_dict(self) -> dict[str, Any]:
+        return save_state(self._generator, self._batches)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_state(state, self._generator, self._batches)
+
+    def _cross_entropy(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        weight = next(self.model.parameters())
+        logits = self.model(self._data.normalise(pixels).to(weight.device, weight.dtype)).float()  # (B, classes)
+        return F.cross_entropy(logits, labels.to(weight.device)), logits

@@ -1,0 +1,220 @@
+"""`source_lm` and `shakespeare_lm`: a small character transformer on plain text.
+
+`source_lm` reads the Python standard library's own source, so it needs no download; its text differs a little
+between Python versions, its vocabulary never does.
+"""
+
+import math
+import sysconfig
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mango_env.workloads.base import register_workload
+from mango_env.workloads.data import TextData, check_positive, data_file, evaluating, load_state, save_state
+from mango_env.workloads.initialise import build
+
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))                          # and UNKNOWN for anything else
+UNKNOWN = len(CHARACTERS)
+VOCABULARY = len(CHARACTERS) + 1
+# Modules that are one file of real code in CPython 3.11 to 3.13; about 2 million characters.
+TRAIN_MODULES = (
+    "_pydecimal", "argparse", "ast", "bdb", "calendar", "codecs", "configparser", "contextlib", "dataclasses",
+    "difflib", "dis", "doctest", "enum", "ftplib", "functools", "gzip", "imaplib", "inspect", "ipaddress", "locale",
+    "mailbox", "optparse", "os", "pdb", "pickle", "pickletools", "platform", "plistlib", "pstats", "pydoc", "random",
+    "shutil", "smtplib", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tokenize", "traceback",
+    "turtle", "typing", "uuid",
+)  # fmt: skip
+VAL_MODULES = ("fractions", "heapq", "selectors", "statistics", "textwrap", "weakref")
+LEAST_CHARACTERS = 50_000                                                      # of each part, for a run to mean something
+SHAKESPEARE = "tinyshakespeare.txt"
+SHAKESPEARE_SOURCE = "It is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn, unchanged"
+VAL_WINDOWS = 64                                                               # windows of `context` characters in evaluate()
+
+
+def encode_text(text: str) -> Tensor:
+    """Symbol numbers (N,) uint8 of a text: positions in `CHARACTERS`, `UNKNOWN` for the rest."""
+    table = np.full(128, UNKNOWN, np.uint8)
+    for number, character in enumerate(CHARACTERS):
+        table[ord(character)] = number
+    code_points = np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
+    return torch.from_numpy(table[np.minimum(code_points, 127)])
+
+
+@lru_cache(maxsize=1)
+def load_source() -> TextData:
+    """The text of `TRAIN_MODULES` and `VAL_MODULES` of the running Python."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return TextData(_read_modules(folder, TRAIN_MODULES), _read_modules(folder, VAL_MODULES))
+
+
+def _read_modules(folder: Path, names: tuple[str, ...]) -> Tensor:
+    files = [path for path in (folder / f"{name}.py" for name in names) if path.is_file()]
+    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    if len(text) < LEAST_CHARACTERS:
+        raise FileNotFoundError(
+            f"workload 'source_lm' reads the source of the standard library in {folder} and found {len(text):,} characters "
+            f"in {len(files)} of {len(names)} modules; it needs {LEAST_CHARACTERS:,}. Use a Python that has its .py files"
+        )
+    return encode_text(text)
+
+
+@lru_cache(maxsize=2)
+def load_text(path: Path) -> TextData:
+    """A plain text file: the first 90 % for training, the rest held out."""
+    symbols = encode_text(path.read_text(encoding="utf-8", errors="replace"))
+    if len(symbols) < LEAST_CHARACTERS:
+        raise ValueError(f"{path} has {len(symbols):,} characters; a text workload needs {LEAST_CHARACTERS:,}")
+    cut = len(symbols) * 9 // 10
+    return TextData(symbols[:cut], symbols[cut:])
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:                                    # (B, T, W)
+        batch, context, width = x.shape
+        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, W/H)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, context, width))
+        return y
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(F.gelu(self.up(x)))
+        return y
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a skip."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_attn = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = FeedForward(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm_attn(x))
+        x = x + self.mlp(self.norm_mlp(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """A decoder in GPT-2's order of norms; embedding and head are separate matrices."""
+
+    def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.embed_position = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, symbols: Tensor) -> Tensor:                              # (B, T) int64
+        x: Tensor = self.embed(symbols) + self.embed_position.weight[: symbols.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))                               # (B, T, V)
+        return logits
+
+
+class LanguageModel:
+    """Next-character prediction on windows drawn at random; `val_loss` is in nats per character, on evenly spaced windows."""
+
+    def __init__(
+        self, data: TextData, seed: int, *, steps: int, batch: int, context: int, width: int, depth: int, heads: int, lr: float
+    ) -> None:
+        check_positive(steps=steps, batch=batch, context=context, width=width, depth=depth, heads=heads)
+        if context >= len(data.val):
+            raise ValueError(f"context={context} is longer than the held-out text of {len(data.val)} characters")
+        self._generator = torch.Generator().manual_seed(seed)
+        self.model = build(partial(Transformer, width, depth, heads, context), self._generator, std=0.02)
+        self.steps = steps
+        self.batch = batch
+        self.lr = lr
+        self.tokens = batch * context                                          # characters per step
+        self._data = data
+        self._context = context
+
+    def loss(self) -> Tensor:
+        starts = torch.randint(len(self._data.train) - self._context, (self.batch,), generator=self._generator)
+        return self._cross_entropy(self._windows(self._data.train, starts))
+
+    def evaluate(self) -> dict[str, float]:
+        last = len(self._data.val) - self._context - 1
+        starts = torch.linspace(0, last, VAL_WINDOWS, dtype=torch.float64).long()
+        windows = self._windows(self._data.val, starts)
+        with evaluating(self.model):
+            losses = [float(self._cross_entropy(part)) * len(part) for part in torch.split(windows, self.batch)]
+        val_loss = sum(losses) / VAL_WINDOWS
+        return {"val_loss": val_loss, "val_bits_per_character": val_loss / math.log(2)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return save_state(self._generator)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_state(state, self._generator)
+
+    def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
+        return text[starts[:, None] + torch.arange(self._context + 1)].long()  # (B, T + 1): each symbol and its next
+
+    def _cross_entropy(self, windows: Tensor) -> Tensor:
+        windows = windows.to(next(self.model.parameters()).device)
+        logits = self.model(windows[:, :-1]).float()                           # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@register_workload("source_lm")
+def source_lm(
+    seed: int,
+    *,
+    steps: int = 300,
+    batch: int = 16,
+    context: int = 64,
+    width: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    lr: float = 2e-3,
+) -> LanguageModel:
+    """A transformer of two layers on the standard library's source, about 117,000 parameters."""
+    sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
+    return LanguageModel(load_source(), seed, steps=steps, lr=lr, **sizes)
+
+
+@register_workload("shakespeare_lm")
+def shakespeare_lm(
+    seed: int,
+    *,
+    steps: int = 500,
+    batch: int = 16,
+    context: int = 64,
+    width: int = 96,
+    depth: int = 2,
+    heads: int = 4,
+    lr: float = 2e-3,
+) -> LanguageModel:
+    """The same transformer, wider, on Tiny Shakespeare from `$MANGO_DATA`."""
+    data = load_text(data_file(SHAKESPEARE, "shakespeare_lm", SHAKESPEARE_SOURCE))
+    sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
+    return LanguageModel(data, seed, steps=steps, lr=lr, **sizes)

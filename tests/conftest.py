@@ -1,0 +1,30 @@
+"""What every test shares: one thread per process, and the folder of data sets where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests run side by side on few cores, and one thread makes sums repeat bit for bit."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def mango_data() -> Path:
+    """The folder of real data sets; the test is skipped where MANGO_DATA does not point to one."""
+    folder = os.environ.get("MANGO_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real data sets: set MANGO_DATA to the folder that holds them")
+    return Path(folder)

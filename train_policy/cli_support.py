@@ -1,0 +1,162 @@
+"""What every `mango` command shares: one-line errors, exit codes, JSON written aside, progress on stderr."""
+
+import functools
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+FAILED = 2                                               # exit code of an error that is told in one line
+INTERRUPTED = 130                                        # exit code after Ctrl-C, as shells have it
+DEBUG_FLAG = "MANGO_DEBUG"
+
+console = Console()
+err_console = Console(stderr=True)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, with its type where the message alone says too little.
+
+    >>> one_line(ValueError("no such rung;\\n  known: full"))
+    'no such rung; known: full'
+    >>> one_line(KeyError("rung"))
+    "KeyError: 'rung'"
+    """
+    text = " ".join(str(error).split())
+    told = isinstance(error, ValueError | TypeError | ImportError | OSError | RuntimeError) and text
+    return text if told else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a command raises into one line on stderr and an exit code; with `--debug` the traceback stays."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            err_console.print("mango: interrupted", highlight=False)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:                          # the reader of a pipe went away, `mango ... | head`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes stdout once more on its way out
+            raise typer.Exit(FAILED) from None
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            if os.environ.get(DEBUG_FLAG):
+                raise
+            print(f"mango: error: {one_line(error)}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+
+    return run
+
+
+@contextmanager
+def interrupt_on_terminate() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C for the time of a block, so that a stopped job keeps its last checkpoint too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write aside and rename, so that a reader never sees half a file. Non-finite numbers become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: strings, finite numbers, lists, dicts with string keys.
+
+    >>> plain({"a": (1, float("nan")), 2: Path("x")})
+    {'a': [1, None], '2': 'x'}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if hasattr(value, "tolist"):                         # tensors, arrays and their scalars
+        return plain(value.tolist())
+    return str(value)
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr that disappears when it is done; silent where stderr is no terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal)
+
+
+def tracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar on stderr."""
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
+    """A table on stdout; numbers are set to the right."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    body = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
+    for i, column in enumerate(columns):
+        right = all(row[i][:1].isdigit() or row[i][:1] in "+-" for row in body if row[i])
+        table.add_column(column, justify="right" if right else "left", no_wrap=i == 0)
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+
+
+def number(value: Any) -> str:
+    """A number in at most a few digits.
+
+    >>> number(1234567), number(0.123456), number(None)
+    ('1,234,567', '0.1235', '-')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def parse_list(text: str, kind: Callable[[str], T], what: str) -> list[T]:
+    """Comma-separated values of one kind.
+
+    >>> parse_list("0.1, 0.2", float, "budgets")
+    [0.1, 0.2]
+    """
+    try:
+        found = [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"{what}: {text!r} is not a comma-separated list ({one_line(error)})") from error
+    if not found:
+        raise ValueError(f"{what}: the list is empty")
+    return found
