@@ -59,10 +59,8 @@ def memory_report(optimizer: "MANGO") -> dict[str, Any]:
             report[what] += count
         if target.layer is not None:
             layer, config = optimizer.layers[target.layer], optimizer.applied[target.layer]
-            layers.append(
-                {"name": layer.name, "kind": layer.kind, "numel": layer.numel, "config": config.name, "bytes": sum(parts.values())}
-                | parts
-            )
+            row = {"name": layer.name, "kind": layer.kind, "numel": layer.numel, "config": config.name}
+            layers.append(row | {"bytes": sum(parts.values())} | parts)
     report["total"] = sum(report.values())
     return report | {"budget": optimizer.memory_budget, "adamw": optimizer.adamw_bytes, "layers": layers}
 

@@ -99,7 +99,8 @@ class MemoryBudget:
     def _cheapest(scores: NDArray[np.float64], nbytes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The cheapest choice of each layer; of equally cheap ones the best scored."""
         tied = np.where(nbytes == nbytes.min(1, keepdims=True), scores, -np.inf)
-        return tied.argmax(1).astype(np.int64)
+        pick: NDArray[np.int64] = tied.argmax(1).astype(np.int64)
+        return pick
 
     @staticmethod
     def _spend_rest(pick: NDArray[np.int64], left: int, scores: NDArray[np.float64], nbytes: NDArray[np.int64]) -> None:
@@ -119,7 +120,7 @@ def _hull_steps(
     layer: int, scores: NDArray[np.float64], nbytes: NDArray[np.int64], start: int
 ) -> list[tuple[float, int, int, int]]:
     """The upgrades along the upper hull of (bytes, score) from `start`: (slope, layer, choice, extra bytes)."""
-    steps = []
+    steps: list[tuple[float, int, int, int]] = []
     at = start
     while True:
         extra = nbytes - nbytes[at]

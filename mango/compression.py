@@ -49,7 +49,8 @@ class GradientCompressor:
         x = tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
         scale = x.abs().max() / (2 ** (bits - 1) - 1)
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)          # zeros, or too small for a scale: all to zero
-        return ((x / safe).round() * scale).to(tensor.dtype)
+        quantised: Tensor = (x / safe).round() * scale
+        return quantised.to(tensor.dtype)
 
     def keep_largest(self, tensor: Tensor, count: int, importance_scores: Tensor | None = None) -> Tensor:
         """A copy with all but `count` entries zeroed; of equal entries exactly as many stay as there is room for."""

@@ -106,7 +106,8 @@ class CompressionConfig:
         unknown = sorted(set(named) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown knobs {unknown}; known: {list(KNOBS)}")
-        return cls(**{k: float(v) if k == "sparsity" else int(v) for k, v in named.items()})
+        values: dict[str, Any] = {k: float(v) if k == "sparsity" else int(v) for k, v in named.items()}
+        return cls(**values)
 
 
 FULL = CompressionConfig()

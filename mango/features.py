@@ -37,14 +37,14 @@ LAYER_FEATURES: tuple[Feature, ...] = (
     # the update
     Feature("update_ratio", "norm of the last update over norm of the weights", "log10", -20, 10),
     Feature("weight_rms", "root mean square of the weights", "log10", -20, 20),
-    Feature("curvature", "loss change over squared distance moved since the last decision, sign(x) log10(1 + |x|)", "log10", -20, 20),
+    Feature("curvature", "loss change over squared distance moved in a step, sign(x) log10(1 + |x|)", "log10", -20, 20),
     # what compression would do: relative l2 error of the stored moment, over a sample
     Feature("error_momentum_8", "relative error of m / sqrt(v) with the first moment at 8 bits", "log10", -10, 2),
     Feature("error_momentum_4", "relative error of m / sqrt(v) with the first moment at 4 bits", "log10", -10, 2),
     Feature("error_momentum_2", "relative error of m / sqrt(v) with the first moment at 2 bits", "log10", -10, 2),
     Feature("error_variance_8", "relative error of m / sqrt(v) with the second moment at 8 bits", "log10", -10, 2),
     Feature("error_variance_4", "relative error of m / sqrt(v) with the second moment at 4 bits", "log10", -10, 2),
-    Feature("error_variance_0", "relative error of m / sqrt(v) with the second moment as row and column factors", "log10", -10, 2),
+    Feature("error_variance_0", "relative error of m / sqrt(v) with the second moment as factors", "log10", -10, 2),
     Feature("error_rank_1", "fraction of the gradient's norm outside its best rank-1 subspace", "1", 0, 1),
     Feature("error_rank_8", "fraction of the gradient's norm outside its best rank-8 subspace", "1", 0, 1),
     # what compression does now

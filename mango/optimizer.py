@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import torch
@@ -11,14 +11,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from mango.allocation import Allocator, released
 from mango.accounting import Usage, memory_report, peak_memory, prevailing
+from mango.allocation import Allocator, released
 from mango.budget import MemoryBudget, parse_budget
-from mango.codecs import SIGNED
+from mango.codecs import SIGNED, safe
 from mango.config import FULL, LADDER, CompressionConfig, Ladder
 from mango.layers import Layer, describe
 from mango.policies import Choice, FixedPolicy, Policy, ScoringPolicy, WaterFillingPolicy
 from mango.policy_choice import as_policy
+from mango.rules import check_hyper, check_positive
 from mango.state import Compressor, Hyper, StorageOptions, TensorState, predicted_bytes
 from mango.statistics import Context, GradientStatistics
 
@@ -98,13 +99,13 @@ class MANGO(Optimizer):
         seed: int = 0,
         maximize: bool = False,
     ) -> None:
-        _check_positive(policy_update_freq=policy_update_freq, min_numel=min_numel)
+        check_positive(policy_update_freq=policy_update_freq, min_numel=min_numel)
         if residual_bits not in SIGNED:
             raise ValueError(f"residual_bits={residual_bits} is not on the menu {tuple(SIGNED)}")
         if policy is not None and policy_net is not None:
             raise ValueError("give policy or policy_net (its older spelling), not both")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        _check_hyper(defaults)
+        check_hyper(defaults)
         self.targets: list[Target] = []
         super().__init__(params, defaults)
         self.policy_update_freq, self.total_steps, self.min_numel = policy_update_freq, total_steps, min_numel
@@ -116,7 +117,8 @@ class MANGO(Optimizer):
         self.skipped = 0
         self._budget_asked = memory_budget
         self._peak_lr = 0.0
-        self._clip = 1.0
+        self._clip = 1.0                                                  # factor on held gradients at the next step
+        self._broken: set[Target] = set()                                 # whose gradient was not finite, where they are held
         self._losses: list[float | Tensor | None] = [None, None]          # at the step before, at this one
         self._loss_window: tuple[float | Tensor, int] = (0.0, 0)          # sum and count since the last decision
         self._loss_before: float | None = None                            # mean of the interval before
@@ -134,7 +136,7 @@ class MANGO(Optimizer):
         """As torch's. Layers are counted anew, so statistics start over; states and their configs stay."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_hyper(group)
+        check_hyper(group)
         for param in group["params"]:
             if param.is_complex():
                 raise TypeError("complex parameters are not supported; pass torch.view_as_real(parameter)")
@@ -145,6 +147,7 @@ class MANGO(Optimizer):
         """(Re)count targets and layers, fix the budget, and choose configs for layers that have none."""
         known = {target.param: self.applied[target.layer] for target in self.targets if target.layer is not None}
         self.targets = list(self._list_targets())
+        self._numel: int = sum(target.param.numel() for target in self.targets)
         members = [target for target in self.targets if target.layer is not None]
         self.layers: list[Layer] = describe([t.name for t in members], [tuple(t.param.shape) for t in members])
         self.statistics = GradientStatistics(self.layers, self._device())
@@ -221,6 +224,10 @@ class MANGO(Optimizer):
             return None
         if self.options.release_gradients:
             held = state.encoded.pop("held", None)
+            if target in self._broken:
+                self._broken.discard(target)
+                self.skipped += 1
+                return None
             if held is None:
                 return None
             gradient = held.decode() * self._clip
@@ -246,27 +253,31 @@ class MANGO(Optimizer):
         measure = target.layer is not None and due in (0, self.policy_update_freq - 1)
         dense = target.param.detach() if target.param.dtype == torch.float32 else target.param.detach().float()
         before = dense.clone() if measure else None
-        exp_avg, exp_avg_sq = state.update(dense, gradient, hyper, self.generator)
+        moments = state.update(dense, gradient, hyper, self.generator)
         if dense.dtype != target.param.dtype:
             target.param.detach().copy_(dense)
         if before is None or target.layer is None:
             return
         moved = (dense - before).norm()
         if due == 0:
-            self._probe(target.layer, state, gradient, exp_avg, exp_avg_sq, dense, moved, target.param.grad)
+            self._probe(target.layer, state, target.param.grad, gradient, moments, dense, moved)
         self.statistics.moved[target.layer] = moved
 
-    def _probe(self, layer: int, state: TensorState, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-               param: Tensor, moved: Tensor, raw: Tensor | None) -> None:  # fmt: skip
-        error = state.error(gradient, exp_avg, exp_avg_sq)
+    def _probe(
+        self, layer: int, state: TensorState, raw: Tensor | None, gradient: Tensor, moments: tuple[Tensor, Tensor],
+        param: Tensor, moved: Tensor,
+    ) -> None:  # fmt: skip
+        """Hand the statistics what they need of a layer's dense tensors; `raw` is the gradient before compression."""
+        error = state.error(gradient, *moments)
         if raw is not None and state.config.compresses_gradient:
-            lost = (raw.float() - gradient).norm() / raw.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-            error = (error.square() + lost.square()).sqrt()
+            error = torch.hypot(error, (raw.float() - gradient).norm() / safe(raw.float().norm()))
         residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else gradient.new_zeros(())
         now, before = self._losses[1], self._losses[0]
         change = float(now) - float(before) if now is not None and before is not None else 0.0
-        self.statistics.probe(layer, state.config, grad=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, param=param, moved=moved,
-                              error=error, residual_norm=residual, loss_change=change)  # fmt: skip
+        self.statistics.probe(
+            layer, state.config, grad=gradient, exp_avg=moments[0], exp_avg_sq=moments[1], param=param, moved=moved,
+            error=error, residual_norm=residual, loss_change=change,
+        )  # fmt: skip
 
     def _state(self, target: Target) -> TensorState:
         """The tensor's state, made when its first gradient comes."""
@@ -287,14 +298,16 @@ class MANGO(Optimizer):
                 if param.grad is None:
                     return
                 with torch.no_grad():
-                    self._state(target).hold_gradient(self._checked(target, param.grad), self.generator)
+                    if math.isfinite(param.grad.norm(dtype=torch.float32)):
+                        self._state(target).hold_gradient(param.grad, self.generator)
+                    else:
+                        self._broken.add(target)
                 param.grad = None
 
             return encode
 
-        self._gradient_hooks = [
-            t.param.register_post_accumulate_grad_hook(hold(t)) for t in self.targets if t.param.requires_grad
-        ]
+        hooked = [t for t in self.targets if t.param.requires_grad]
+        self._gradient_hooks = [t.param.register_post_accumulate_grad_hook(hold(t)) for t in hooked]  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
@@ -311,6 +324,7 @@ class MANGO(Optimizer):
         """As torch's; drops held gradients too."""
         super().zero_grad(set_to_none)
         if hasattr(self, "options") and self.options.release_gradients:
+            self._broken.clear()
             for slot in self.state.values():
                 slot["tensor"].encoded.pop("held", None)
 
@@ -329,7 +343,7 @@ class MANGO(Optimizer):
         used = self.allocator.nbytes(configs)
         last, before = self._loss_last, self._loss_before
         return self.statistics.features(Context(
-            configs, used, sum(t.param.numel() for t in self.targets), sum(used) + self.budget.fixed, self.budget.total,
+            configs, used, self._numel, sum(used) + self.budget.fixed, self.budget.total,
             price=self.budget.price,
             progress=self.steps / self.total_steps if self.total_steps else 0.0,
             loss=last if last is not None and last > 0 else None,
@@ -392,7 +406,7 @@ class MANGO(Optimizer):
     @property
     def adamw_bytes(self) -> int:
         """What AdamW's two float32 moments would take: 8 bytes per parameter."""
-        return 8 * sum(target.param.numel() for target in self.targets)
+        return 8 * self._numel
 
     def planned_bytes(self) -> int:
         """Bytes under the configs in force once every tensor has seen a gradient; `state_bytes` never exceeds it."""
@@ -408,7 +422,8 @@ class MANGO(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of every tensor that the optimizer keeps, measured on their storages."""
-        return self.statistics.nbytes + sum(slot["tensor"].nbytes for slot in self.state.values())
+        states: Iterable[TensorState] = (slot["tensor"] for slot in self.state.values())
+        return self.statistics.nbytes + sum(state.nbytes for state in states)
 
     def memory_report(self) -> dict[str, Any]:
         """Bytes by component, their `total`, the `budget`, what AdamW would take, and the same per layer."""
@@ -489,20 +504,6 @@ class MANGO(Optimizer):
             self._decision_hooks, self._gradient_hooks = {}, []
             if self.options.release_gradients:
                 self._hook_gradients()
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}={number!r} is not a positive whole number")
-
-
-def _check_hyper(group: Mapping[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']!r} are not two numbers in [0, 1)")
 
 
 def _number(x: float | Tensor | None) -> float | None:

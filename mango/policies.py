@@ -54,6 +54,9 @@ def as_action(configs: Sequence[CompressionConfig]) -> Tensor:
     return torch.tensor([config.to_action() for config in configs], dtype=torch.int64).reshape(-1, len(KNOBS))
 
 
+SMALL = CompressionConfig(momentum_bits=4, variance_bits=0)
+
+
 @register_policy("fixed")
 class FixedPolicy:
     """The same config for every layer, always.
@@ -86,7 +89,7 @@ class ScheduledPolicy:
     def __init__(
         self,
         start: CompressionConfig = FULL,
-        end: CompressionConfig = CompressionConfig(momentum_bits=4, variance_bits=0),
+        end: CompressionConfig = SMALL,
         ladder: Ladder = LADDER,
     ) -> None:
         self.start, self.end, self.ladder = start, end, ladder
@@ -125,7 +128,7 @@ class AdaptivePolicy:
     Also callable on a feature dict, as its earlier public form `AdaptiveCompressionPolicy` was.
     """
 
-    BY_PHASE = (FULL, CompressionConfig(momentum_bits=8, variance_bits=8), CompressionConfig(momentum_bits=4, variance_bits=0))
+    BY_PHASE = (FULL, CompressionConfig(momentum_bits=8, variance_bits=8), SMALL)
 
     def act(self, obs: Tensor) -> list[CompressionConfig]:
         return [self.BY_PHASE[int(phase)] for phase in phases(obs)]

@@ -1,6 +1,8 @@
 """Base rules: the mathematics of an update as plain functions on dense float32 tensors, apart from how state is stored."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,3 +55,19 @@ def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis (m, r) of the span of the columns (m, r)."""
     q: Tensor = torch.linalg.qr(columns).Q
     return q
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise ValueError for anything that is not a positive whole number."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}={number!r} is not a positive whole number")
+
+
+def check_hyper(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for hyper-parameters that AdamW is not defined for."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={group['betas']!r} are not two numbers in [0, 1)")

@@ -4,8 +4,9 @@ Slots: `exp_avg`, `exp_avg_sq`, `projector` (rank > 0), `residual` (error feedba
 backward). Each is an `Encoded`; nothing dense outlives a step.
 """
 
-from dataclasses import dataclass, field
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +29,13 @@ from mango.config import CompressionConfig
 from mango.rules import adamw_direction, adamw_update, orthonormal
 
 REFRESH_EVERY = 50                     # steps between refreshes of a projector
-COMPONENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance", "residual": "residual", "held": "gradients", "projector": "projector"}
+COMPONENTS = {
+    "exp_avg": "momentum",
+    "exp_avg_sq": "variance",
+    "residual": "residual",
+    "held": "gradients",
+    "projector": "projector",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +77,9 @@ def subspace(shape: Shape, rank: int) -> tuple[int, int, int]:
     return small, large, min(rank, small)
 
 
+@lru_cache(maxsize=1 << 16)
 def slots(shape: Shape, config: CompressionConfig, options: StorageOptions) -> dict[str, tuple[Codec, Shape]]:
-    """The codec and dense shape of every slot that a tensor of `shape` has under `config`."""
+    """The codec and dense shape of every slot that a tensor of `shape` has under `config`. Cached: do not change it."""
     layout: dict[str, tuple[Codec, Shape]] = {}
     if config.rank:
         small, large, rank = subspace(shape, config.rank)
@@ -88,6 +96,7 @@ def slots(shape: Shape, config: CompressionConfig, options: StorageOptions) -> d
     return layout
 
 
+@lru_cache(maxsize=1 << 16)
 def predicted_bytes(shape: Shape, config: CompressionConfig, options: StorageOptions) -> int:
     """Exactly the bytes that `TensorState` will store."""
     return sum(codec.nbytes(slot_shape) for codec, slot_shape in slots(shape, config, options).values())
@@ -118,7 +127,8 @@ class TensorState:
 
     def to_plain(self) -> dict[str, Any]:
         """As plain tensors (copies) and JSON-able scalars."""
-        plain: dict[str, Any] = {"step": self.step, "config": self.config.to_dict(), "shape": list(self.shape), "slots": list(self.encoded)}
+        plain: dict[str, Any] = {"step": self.step, "config": self.config.to_dict(), "shape": list(self.shape)}
+        plain["slots"] = list(self.encoded)
         for slot, encoded in self.encoded.items():
             plain |= flatten(encoded, slot)
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in plain.items()}
@@ -178,7 +188,7 @@ class TensorState:
         for slot in ("projector", "exp_avg", "exp_avg_sq"):
             self.encoded.pop(slot, None)
         if config.rank:
-            small, large, rank = subspace(self.shape, config.rank)
+            _, large, rank = subspace(self.shape, config.rank)
             matrix = self._to_matrix(exp_avg)
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
             p = orthonormal(matrix @ (matrix.T @ (matrix @ start)))
@@ -275,7 +285,7 @@ class TensorState:
     def _refresh(self, grad: Tensor, generator: Generator) -> None:
         """One power iteration from the projector in force (two from random columns), and the moments carried over."""
         matrix = self._to_matrix(grad.float())
-        small, large, rank = subspace(self.shape, self.config.rank)
+        _, large, rank = subspace(self.shape, self.config.rank)
         old = self.encoded["projector"].decode()
         if not bool(old.any()):                                                     # the first gradient: nothing to carry over
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
@@ -296,12 +306,12 @@ class TensorState:
         """
         stored_avg, stored_sq = self.moments()
         ideal = direction(exp_avg, exp_avg_sq)
-        error = (direction(stored_avg, stored_sq) - ideal).norm() / safe(ideal.norm())
+        error: Tensor = (direction(stored_avg, stored_sq) - ideal).norm() / safe(ideal.norm())
         if not self.config.rank:
             return error
         p, matrix = self.encoded["projector"].decode(), self._to_matrix(grad)
-        outside = (matrix - p @ (p.T @ matrix)).norm() / safe(matrix.norm())
-        return (error.square() + outside.square()).sqrt()
+        outside: Tensor = (matrix - p @ (p.T @ matrix)).norm() / safe(matrix.norm())
+        return torch.hypot(error, outside)
 
 
 def direction(exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ step of an interval (a probe), while the update pass has them at hand.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -164,8 +164,20 @@ class GradientStatistics:
         """Sums over each layer's samples: (L,)."""
         return torch.stack([part.sum() for part in torch.split(x, self._counts)])
 
-    def probe(self, index: int, config: CompressionConfig, *, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor, moved: Tensor,
-              error: Tensor, residual_norm: Tensor, loss_change: float) -> None:  # fmt: skip
+    def probe(
+        self,
+        index: int,
+        config: CompressionConfig,
+        *,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        param: Tensor,
+        moved: Tensor,
+        error: Tensor,
+        residual_norm: Tensor,
+        loss_change: float,
+    ) -> None:
         """Take what needs a layer's dense tensors. `moved`: norm of this update.
 
         `loss_change` is the loss at this step's parameters minus that one step earlier; the update between the two was
@@ -191,8 +203,13 @@ class GradientStatistics:
         place = torch.arange(min(WINDOW, exp_avg_sq.numel()), device=row.device)
         factored = row[place // column.numel()] / safe(row.mean()) * column[place % column.numel()]
         self._pending[index] = _Probe(
-            config, scalars, _window(exp_avg, WINDOW), _window(exp_avg_sq, WINDOW), _window(factored, WINDOW), _corner(grad, SKETCH),
-        )  # fmt: skip
+            config,
+            scalars,
+            _window(exp_avg, WINDOW),
+            _window(exp_avg_sq, WINDOW),
+            _window(factored, WINDOW),
+            _corner(grad, SKETCH),
+        )
 
     def finish_probe(self, generator: Generator) -> None:
         """Try the formats on all probed layers at once and store what was found."""
@@ -218,13 +235,16 @@ class GradientStatistics:
         ideal = direction(exp_avg, exp_avg_sq)
 
         def error(avg: Tensor, square: Tensor) -> Tensor:
-            found = (direction(avg, square) - ideal).norm(dim=1) / safe(ideal.norm(dim=1))
+            found: Tensor = (direction(avg, square) - ideal).norm(dim=1) / safe(ideal.norm(dim=1))
             return found.clamp(1e-10, 100).log10()
 
-        errors = {f"error_momentum_{bits}": error(SIGNED[bits].encode(exp_avg, generator if bits < 8 else None).decode(), exp_avg_sq)
-                  for bits in (8, 4, 2)}  # fmt: skip
-        errors |= {f"error_variance_{bits}": error(exp_avg, UNSIGNED[bits].encode(exp_avg_sq, generator).decode()) for bits in (8, 4)}
-        return errors | {"error_variance_0": error(exp_avg, torch.stack([p.factored for p in probes]))}
+        errors = {"error_variance_0": error(exp_avg, torch.stack([p.factored for p in probes]))}
+        for bits in (8, 4, 2):
+            stored = SIGNED[bits].encode(exp_avg, generator if bits < 8 else None).decode()
+            errors[f"error_momentum_{bits}"] = error(stored, exp_avg_sq)
+        for bits in (8, 4):
+            errors[f"error_variance_{bits}"] = error(exp_avg, UNSIGNED[bits].encode(exp_avg_sq, generator).decode())
+        return errors
 
     @staticmethod
     def _ranks(probes: Sequence[_Probe], generator: Generator) -> dict[str, Tensor]:
@@ -234,9 +254,9 @@ class GradientStatistics:
         start = torch.randn(SKETCH, 8, device=matrices.device, generator=generator)
         basis = torch.linalg.qr(matrices @ (matrices.mT @ (matrices @ start))).Q    # (P, S, 8)
         inside = basis.mT @ matrices
-        energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (P, 8) squared singular values, largest first
+        energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (P, 8) largest first
         total = safe(matrices.square().sum((1, 2)))
-        filled = torch.minimum(matrices.any(1).sum(1), matrices.any(2).sum(1)).clamp(min=1)  # rows and columns that are no padding
+        filled = torch.minimum(matrices.any(1).sum(1), matrices.any(2).sum(1)).clamp(min=1)  # not padding
         outside = (1 - energy.cumsum(1) / total[:, None]).clamp(0, 1).sqrt()
         return {
             "stable_rank": total / safe(energy[:, 0]) / filled,
@@ -279,7 +299,8 @@ class GradientStatistics:
     def _local(self, context: Context) -> dict[str, Tensor]:
         numel = torch.tensor([float(layer.numel) for layer in self.layers])
         norm, running = self.norm.cpu(), self.running_norm.cpu() / max(1 - NORM_DECAY**self.steps, 1e-12)
-        variance, mean_square = self.variance(), self._sum(self.mean.square()).cpu() / torch.tensor([float(c) for c in self._counts])
+        counts = torch.tensor([float(count) for count in self._counts])
+        variance, mean_square = self.variance(), self._sum(self.mean.square()).cpu() / counts
         signal = (mean_square - variance / max(1, self.window)).clamp(min=0)        # unbiased |G|^2 per entry
         found = dict(zip(_PROBED, self.probed.cpu().unbind(1), strict=True))
         cosines = self.cosine.cpu() / max(1, self.window - (self.window == self.steps))

@@ -97,7 +97,8 @@ def bytes_over_time(go: Any, shown: Sequence[Trace]) -> Any:
 def curves_figure(go: Any, curves: Sequence[Curve]) -> Any:
     figure = go.Figure()
     for i, curve in enumerate(curves):
-        figure.add_scatter(x=list(curve.x), y=list(curve.y), mode="lines", name=curve.name, line={"color": COLOURS[i % len(COLOURS)]})
+        line = {"color": COLOURS[i % len(COLOURS)]}
+        figure.add_scatter(x=list(curve.x), y=list(curve.y), mode="lines", name=curve.name, line=line)
     figure.update_xaxes(title=curves[0].x_title)
     figure.update_yaxes(title=curves[0].y_title)
     return styled(figure)

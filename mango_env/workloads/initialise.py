@@ -12,19 +12,21 @@ from torch.nn.modules.conv import _ConvNd
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def build(factory: Callable[[], Model], generator: torch.Generator, std: float | None = None) -> Model:
+def build(
+    factory: Callable[[], Model], generator: torch.Generator, std: float | None = None, embedding_std: float = 0.02
+) -> Model:
     """`factory()` with its parameters drawn from `generator`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):                                    # torch.nn draws from the global state
         model = factory()
-    return initialise(model, generator, std)
+    return initialise(model, generator, std, embedding_std)
 
 
 @torch.no_grad()
-def initialise(model: Model, generator: torch.Generator, std: float | None = None) -> Model:
+def initialise(model: Model, generator: torch.Generator, std: float | None = None, embedding_std: float = 0.02) -> Model:
     """Draw every parameter of `model` anew, in module order, from `generator` alone.
 
     Weights of linear and convolutional layers are Kaiming normal for ReLU (He et al. 2015, sec. 2.2), or of the
-    given standard deviation `std` (0.02 in GPT-2); biases are zero, norms one and zero, embeddings normal (0.02),
+    given standard deviation `std` (0.02 in GPT-2); biases are zero, norms one and zero, embeddings normal (`embedding_std`),
     recurrent layers uniform in +-1/sqrt(hidden). Running statistics are reset. Raises `ValueError` for a module with
     parameters of its own that is none of these: its weights would otherwise come from the global random state.
     """
@@ -40,7 +42,7 @@ def initialise(model: Model, generator: torch.Generator, std: float | None = Non
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02, generator=generator)
+            nn.init.normal_(module.weight, std=embedding_std, generator=generator)
             if module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | _NormBase):

@@ -34,6 +34,7 @@ VAL_MODULES = ("fractions", "heapq", "selectors", "statistics", "textwrap", "wea
 LEAST_CHARACTERS = 50_000                                                      # of each part, for a run to mean something
 SHAKESPEARE = "tinyshakespeare.txt"
 SHAKESPEARE_SOURCE = "It is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn, unchanged"
+EMBEDDING_STD = 0.1                                                            # measured: 0.02 costs AdamW 0.05 nats in 300 steps
 VAL_WINDOWS = 64                                                               # windows of `context` characters in evaluate()
 
 
@@ -75,20 +76,31 @@ def load_text(path: Path) -> TextData:
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention; positions enter by rotating queries and keys (Su et al. 2021, sec. 3.4.2)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    rotation: Tensor
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
+        pairs = width // heads // 2
+        angle = torch.arange(context)[:, None] * 10_000.0 ** (-torch.arange(pairs) / pairs)  # (T, W/H/2) radians
+        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:                                    # (B, T, W)
         batch, context, width = x.shape
         q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, W/H)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        cos, sin = self.rotation[:, :context]
+        mixed = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
         y: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, context, width))
         return y
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)                                                      # (B, H, T, W/H/2) each
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class FeedForward(nn.Module):
@@ -105,17 +117,17 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and around a skip."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
         self.norm_attn = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, context)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = FeedForward(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm_attn(x))
-        x = x + self.mlp(self.norm_mlp(x))
-        return x
+        y: Tensor = x + self.mlp(self.norm_mlp(x))
+        return y
 
 
 class Transformer(nn.Module):
@@ -123,16 +135,15 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        if width % (2 * heads):
+            raise ValueError(f"width={width} must be a multiple of 2 heads, {2 * heads}: queries are rotated in pairs")
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.embed_position = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, context) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, symbols: Tensor) -> Tensor:                              # (B, T) int64
-        x: Tensor = self.embed(symbols) + self.embed_position.weight[: symbols.shape[1]]
+        x = self.embed(symbols)
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))                               # (B, T, V)
@@ -149,7 +160,7 @@ class LanguageModel:
         if context >= len(data.val):
             raise ValueError(f"context={context} is longer than the held-out text of {len(data.val)} characters")
         self._generator = torch.Generator().manual_seed(seed)
-        self.model = build(partial(Transformer, width, depth, heads, context), self._generator, std=0.02)
+        self.model = build(partial(Transformer, width, depth, heads, context), self._generator, 0.02, EMBEDDING_STD)
         self.steps = steps
         self.batch = batch
         self.lr = lr
@@ -195,9 +206,9 @@ def source_lm(
     width: int = 64,
     depth: int = 2,
     heads: int = 4,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
 ) -> LanguageModel:
-    """A transformer of two layers on the standard library's source, about 117,000 parameters."""
+    """A transformer of two layers on the standard library's source, about 113,000 parameters."""
     sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
     return LanguageModel(load_source(), seed, steps=steps, lr=lr, **sizes)
 
