@@ -30,6 +30,7 @@ def parse_budget(budget: int | float | str | None, adamw_bytes: int, device: tor
     (65536, 250, 123)
     """
     allowed = 'bytes (int), a size ("6GiB") or a fraction of AdamW\'s state bytes (float)'
+    budget = budget.item() if isinstance(budget, np.number) else budget
     if budget is None:
         return int(FREE_SHARE * free_memory(device or torch.device("cpu")))
     if isinstance(budget, str):

@@ -460,10 +460,10 @@ def flatten(enc: Encoded, prefix: str) -> dict[str, object]:
 
 
 def unflatten(state: Mapping[str, object], prefix: str, device: torch.device) -> Encoded:
-    """Undo `flatten`, moving the parts to `device` without a change of dtype."""
+    """Undo `flatten`, copying the parts to `device` without a change of dtype."""
     codec, shape = state[f"{prefix}.codec"], state[f"{prefix}.shape"]
     if codec not in CODECS or not isinstance(codec, str) or not isinstance(shape, list | tuple):
         raise ValueError(f"unknown codec {codec!r} in a state dict; known: {', '.join(CODECS)}")
-    parts = {key.split(":", 1)[1]: part.to(device) for key, part in state.items()
+    parts = {key.split(":", 1)[1]: part.to(device, copy=True) for key, part in state.items()
              if key.startswith(f"{prefix}:") and isinstance(part, Tensor)}  # fmt: skip
     return Encoded(codec, tuple(shape), parts)

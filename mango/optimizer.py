@@ -1,6 +1,7 @@
 """MANGO: AdamW whose state is stored compressed, layer by layer as a policy decides, inside a hard byte budget."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
@@ -124,13 +125,13 @@ class MANGO(Optimizer):
         self._loss_before: float | None = None                            # mean of the interval before
         self._loss_last: float | None = None                              # mean of the last interval
         self.usage = Usage()
-        self._decision_hooks: dict[int, Callable[[Decision], None]] = {}
+        self._decision_hooks: OrderedDict[int, Callable[[Decision], None]] = OrderedDict()  # a plain dict takes no weak reference
         self._gradient_hooks: list[RemovableHandle] = []
         self._set_up()
 
     def _device(self) -> torch.device:
-        device: torch.device = self.param_groups[0]["params"][0].device
-        return device
+        first: Tensor | None = next((param for group in self.param_groups for param in group["params"]), None)
+        return torch.device("cpu") if first is None else first.device
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Layers are counted anew, so statistics start over; states and their configs stay."""
@@ -155,7 +156,7 @@ class MANGO(Optimizer):
         total = parse_budget(self._budget_asked, self.adamw_bytes, self._device())
         self.budget = MemoryBudget(total, small + self.statistics.nbytes)
         self.allocator = Allocator(self.layers, self.ladder, self.options, self.budget)
-        self.applied: list[CompressionConfig] = [known.get(t.param, FULL) for t in members]
+        self.applied: list[CompressionConfig] = [known.get(t.param, getattr(self.policy, "initial", FULL)) for t in members]
         if not known:
             self.applied = self._initial()
         elif not self.allocator.fits(self.applied):
@@ -199,7 +200,8 @@ class MANGO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self.observe_loss(loss)
+            if loss is not None:
+                self.observe_loss(loss)
         if self.steps % self.policy_update_freq == 0:
             self.statistics.start_window()
         self.steps += 1
@@ -223,6 +225,8 @@ class MANGO(Optimizer):
         if state is None:
             return None
         if self.options.release_gradients:
+            if raw is not None:                                              # set by hand, or unfrozen after the hooks were made
+                self._hold(target)
             held = state.encoded.pop("held", None)
             if target in self._broken:
                 self._broken.discard(target)
@@ -232,10 +236,8 @@ class MANGO(Optimizer):
                 return None
             gradient = held.decode() * self._clip
         elif raw is not None:
-            if raw.is_sparse:
-                raise TypeError(f"{target.name} has a sparse gradient; MANGO takes dense ones (Embedding(sparse=False))")
-            gradient = raw
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            gradient = _dense(target.name, raw)
+        norm = torch.linalg.vector_norm(gradient.float())
         if not math.isfinite(norm):
             self.skipped += 1
             return None
@@ -251,7 +253,8 @@ class MANGO(Optimizer):
         hyper = Hyper(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
         due = self.steps % self.policy_update_freq
         measure = target.layer is not None and due in (0, self.policy_update_freq - 1)
-        dense = target.param.detach() if target.param.dtype == torch.float32 else target.param.detach().float()
+        full = target.param.dtype in (torch.float32, torch.float64)              # updated in place, else through a float32 copy
+        dense = target.param.detach() if full else target.param.detach().float()
         before = dense.clone() if measure else None
         moments = state.update(dense, gradient, hyper, self.generator)
         if dense.dtype != target.param.dtype:
@@ -260,7 +263,8 @@ class MANGO(Optimizer):
             return
         moved = (dense - before).norm()
         if due == 0:
-            self._probe(target.layer, state, target.param.grad, gradient, moments, dense, moved)
+            raw = target.param.grad
+            self._probe(target.layer, state, -raw if raw is not None and group["maximize"] else raw, gradient, moments, dense, moved)
         self.statistics.moved[target.layer] = moved
 
     def _probe(
@@ -294,29 +298,31 @@ class MANGO(Optimizer):
             handle.remove()
 
         def hold(target: Target) -> Callable[[Tensor], None]:
-            def encode(param: Tensor) -> None:
-                if param.grad is None:
-                    return
-                with torch.no_grad():
-                    if math.isfinite(param.grad.norm(dtype=torch.float32)):
-                        self._state(target).hold_gradient(param.grad, self.generator)
-                    else:
-                        self._broken.add(target)
-                param.grad = None
-
-            return encode
+            return lambda param: self._hold(target)
 
         hooked = [t for t in self.targets if t.param.requires_grad]
         self._gradient_hooks = [t.param.register_post_accumulate_grad_hook(hold(t)) for t in hooked]  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
+    def _hold(self, target: Target) -> None:
+        """Encode the parameter's gradient for the next step and drop it."""
+        if target.param.grad is None:
+            return
+        gradient = _dense(target.name, target.param.grad)
+        if math.isfinite(torch.linalg.vector_norm(gradient.float())):
+            self._state(target).hold_gradient(gradient, self.generator)
+        else:
+            self._broken.add(target)
+        target.param.grad = None
+
+    @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global l2 norm is at most `max_norm`; returns the norm before. Works on held ones."""
         if self.options.release_gradients:
-            states = [self.state[t.param].get("tensor") for t in self.targets]
-            held = [s.encoded["held"].decode() for s in states if s is not None and "held" in s.encoded]
-            norm = torch.stack([g.norm() for g in held]).norm() if held else torch.zeros(())
-            self._clip = min(1.0, max_norm / (float(norm) + 1e-6))
+            states = [slot["tensor"] for slot in self.state.values()]
+            held = [s.encoded["held"].decode() for s in states if "held" in s.encoded]
+            norm = torch.stack([g.norm() for g in held]).norm() * self._clip if held else torch.zeros(())
+            self._clip *= min(1.0, max_norm / (float(norm) + 1e-6))
             return norm
         return torch.nn.utils.clip_grad_norm_([t.param for t in self.targets], max_norm)
 
@@ -325,6 +331,7 @@ class MANGO(Optimizer):
         super().zero_grad(set_to_none)
         if hasattr(self, "options") and self.options.release_gradients:
             self._broken.clear()
+            self._clip = 1.0
             for slot in self.state.values():
                 slot["tensor"].encoded.pop("held", None)
 
@@ -479,7 +486,11 @@ class MANGO(Optimizer):
         self.applied = [CompressionConfig.from_dict(config) for config in mine["applied"]]
         for i, flat in state_dict["state"].items():
             target = self.targets[int(i)]
-            self.state[target.param]["tensor"] = TensorState.from_plain(flat, self.options, target.param.device)
+            if tuple(flat["shape"]) != tuple(target.param.shape):
+                raise ValueError(f"the state of {target.name} has shape {tuple(flat['shape'])}, it has {tuple(target.param.shape)}")
+            state = TensorState.from_plain(flat, self.options, target.param.device)
+            state.transcode(state.config, self.generator)                    # nothing to do unless the options differ
+            self.state[target.param]["tensor"] = state
         self._restore(mine)
         if not self.allocator.fits(self.applied):
             self.apply(self.applied)
@@ -496,14 +507,21 @@ class MANGO(Optimizer):
             inner(mine["policy"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_gradient_hooks", "_decision_hooks")}
+        mine = ("_gradient_hooks", "_decision_hooks", "step")               # a scheduler shadows `step` by a wrapper bound to this one
+        return {key: value for key, value in self.__dict__.items() if key not in mine and not key.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "targets" in state:                                          # a pickle or a copy, not torch's load_state_dict
-            self._decision_hooks, self._gradient_hooks = {}, []
+            self._decision_hooks, self._gradient_hooks = OrderedDict(), []
             if self.options.release_gradients:
                 self._hook_gradients()
+
+
+def _dense(name: str, gradient: Tensor) -> Tensor:
+    if gradient.is_sparse:
+        raise TypeError(f"{name} has a sparse gradient; MANGO takes dense ones (Embedding(sparse=False))")
+    return gradient
 
 
 def _number(x: float | Tensor | None) -> float | None:

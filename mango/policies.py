@@ -175,8 +175,14 @@ class WaterFillingPolicy:
     """Least total update error per byte: scores every rung by minus the squared error that it would add.
 
     The errors were measured on each layer's own moments (features `error_*`); a layer weighs as many parameters as it
-    has. Errors below `tolerance` count as none, so bytes that buy nothing are not spent.
+    has. Errors are not alike, so their squares are weighted: rounding the first moment is noise that averages out (1);
+    a coarse second moment rescales steps, which costs less (`VARIANCE`); directions outside a subspace are never taken,
+    which costs more (`SUBSPACE`). The weights reproduce the order of the rungs by loss in `benchmarks/ladder.py`.
+    Errors below `tolerance` count as none, so bytes that buy nothing are not spent.
     """
+
+    VARIANCE = 0.1
+    SUBSPACE = 16.0
 
     def __init__(self, tolerance: float = 0.01, ladder: Ladder = LADDER) -> None:
         self.tolerance, self.ladder = tolerance, ladder
@@ -185,9 +191,9 @@ class WaterFillingPolicy:
         error = torch.stack([self.squared_error(obs, rung) for rung in self.ladder], 1)        # (L, R)
         return -(10 ** feature(obs, "numel"))[:, None] * error.clamp(min=self.tolerance**2)
 
-    @staticmethod
-    def squared_error(obs: Tensor, config: CompressionConfig) -> Tensor:
-        """Predicted squared relative error (L,) of the update under a config, by its parts in quadrature."""
+    @classmethod
+    def squared_error(cls, obs: Tensor, config: CompressionConfig) -> Tensor:
+        """Predicted squared relative error (L,) of the update under a config: its parts, weighted, in quadrature."""
 
         def measured(name: str) -> Tensor:
             return 10 ** (2 * feature(obs, name))
@@ -195,17 +201,17 @@ class WaterFillingPolicy:
         nothing = torch.zeros(len(obs))
         if config.rank:
             known = feature(obs, "error_rank_1") if config.rank < 8 else feature(obs, "error_rank_8")
-            moment, bits = known.square(), config.factor_bits_q
+            moment, bits = cls.SUBSPACE * known.square(), config.factor_bits_q
         else:
             moment, bits = nothing, config.momentum_bits
         moment = moment + (nothing if bits == 32 else nothing + 4e-6 if bits == 16 else measured(f"error_momentum_{bits}"))
         if config.variance_bits == 32:
             return moment
         variance = nothing + 4e-6 if config.variance_bits == 16 else measured(f"error_variance_{config.variance_bits}")
-        return moment + variance
+        return moment + cls.VARIANCE * variance
 
     def act(self, obs: Tensor) -> Tensor:
-        """Knob indices of the best-scored rung, as if there were no budget; of equals the cheapest."""
+        """Knob indices of the best-scored rung, as if there were no budget; of equals the cheapest (first)."""
         return as_action([self.ladder[int(rung)] for rung in self.scores(obs).argmax(1)])
 
     def reset(self) -> None:

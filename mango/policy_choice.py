@@ -1,6 +1,7 @@
 """From what a user or a policy says to what the optimizer needs: a policy object, rung scores, a config per layer."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ def as_policy(policy: Any, ladder: Ladder) -> Policy | ScoringPolicy:
     if isinstance(policy, CompressionConfig | Mapping):
         return FixedPolicy(policy)
     if isinstance(policy, str | Path):
-        return POLICIES[str(policy)]() if str(policy) in POLICIES else load_policy(policy)
+        if str(policy) not in POLICIES:
+            return load_policy(policy)
+        builder = POLICIES[str(policy)]
+        return builder(ladder=ladder) if "ladder" in signature(builder).parameters else builder()
     if isinstance(policy, Policy | ScoringPolicy):
         return policy
     if callable(policy):
@@ -40,8 +44,10 @@ def rung_scores(choice: Choice, layers: int, rungs: int) -> NDArray[np.float64] 
     if table.shape != (layers, rungs):
         raise ValueError(f"rung scores have shape {tuple(table.shape)}; expected (layers, rungs) = ({layers}, {rungs})")
     scores: NDArray[np.float64] = table.detach().double().cpu().numpy()
-    if np.isnan(scores).any():
-        raise ValueError("rung scores contain nan; a score is a finite number, or -inf to forbid a rung")
+    if np.isnan(scores).any() or np.isposinf(scores).any():
+        raise ValueError("rung scores contain nan or inf; a score is a finite number, or -inf to forbid a rung")
+    if np.isneginf(scores).all(1).any():
+        raise ValueError(f"every rung of layer {int(np.isneginf(scores).all(1).argmax())} is forbidden (-inf); allow one at least")
     return scores
 
 

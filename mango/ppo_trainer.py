@@ -52,6 +52,7 @@ class _Batch:
     log_probs: Tensor                                    # (A, T)
     advantages: Tensor                                   # (A, T)
     returns: Tensor                                      # (A, T)
+    weight: float                                        # its experiences over the mean of all segments: each counts once
 
 
 class PPOTrainer:
@@ -180,10 +181,10 @@ class PPOTrainer:
             kl = 0.0
             for i in torch.randperm(len(batches), generator=self.generator).tolist():
                 stats = self._learn(batches[i])
-                kl += stats["approx_kl"] / len(batches)
+                kl += stats["approx_kl"] * batches[i].weight / len(batches)
                 steps += 1
                 for name, value in stats.items():
-                    sums[name] += value
+                    sums[name] += value * batches[i].weight
             if kl > self.target_kl:
                 break
         result = {name: total / steps for name, total in sums.items()}
@@ -314,6 +315,7 @@ class PPOTrainer:
                     log_probs=torch.stack(s.log_probs, 1),
                     advantages=advantages[span].T,
                     returns=returns[span].T,
+                    weight=len(s.seen) * len(segments) / len(self),
                 )
             )
         return batches
@@ -331,7 +333,7 @@ class PPOTrainer:
         entropy = net.entropy(heads).mean()
         self.optimizer.zero_grad()
         loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * batch.weight).backward()  # type: ignore[no-untyped-call]
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), self.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():

@@ -172,11 +172,12 @@ class TensorState:
             codec, shape = after[slot]
             return codec.nbytes(shape) - (self.encoded[slot].nbytes if slot in self.encoded else 0)
 
-        for slot in sorted(set(after) - {"held"}, key=growth):   # what shrinks goes first
+        made = {"held"} - set(self.encoded)                      # appears with the next gradient
+        for slot in sorted(set(after) - made, key=growth):       # what shrinks goes first
             codec, shape = after[slot]
             if slot not in self.encoded:
                 self.encoded[slot] = codec.encode(torch.zeros(shape, device=device))
-            elif codec.name != self.encoded[slot].codec:
+            elif codec.name != self.encoded[slot].codec or growth(slot):
                 dense = self.encoded.pop(slot).decode()
                 self.encoded[slot] = codec.encode(dense, generator)
 
@@ -190,8 +191,9 @@ class TensorState:
         if config.rank:
             _, large, rank = subspace(self.shape, config.rank)
             matrix = self._to_matrix(exp_avg)
+            unit = matrix / safe(matrix.abs().max())                            # its third power neither overflows nor vanishes
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
-            p = orthonormal(matrix @ (matrix.T @ (matrix @ start)))
+            p = orthonormal(unit @ (unit.T @ (unit @ start)))
             self._store("projector", p, generator)
             exp_avg, exp_avg_sq = p.T @ matrix, p.square().T @ self._to_matrix(exp_avg_sq)
         self._store("exp_avg", exp_avg, generator)
@@ -285,13 +287,14 @@ class TensorState:
     def _refresh(self, grad: Tensor, generator: Generator) -> None:
         """One power iteration from the projector in force (two from random columns), and the moments carried over."""
         matrix = self._to_matrix(grad.float())
+        matrix = matrix / safe(matrix.abs().max())                                  # its third power neither overflows nor vanishes
         _, large, rank = subspace(self.shape, self.config.rank)
         old = self.encoded["projector"].decode()
         if not bool(old.any()):                                                     # the first gradient: nothing to carry over
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
             self._store("projector", orthonormal(matrix @ (matrix.T @ (matrix @ start))), generator)
             return
-        new = orthonormal(matrix @ (matrix.T @ old) + 1e-3 * matrix.norm().square() * old)   # old columns outlast a zero gradient
+        new = orthonormal(matrix @ (matrix.T @ old) + 1e-3 * matrix.norm().square().clamp(min=1) * old)   # old columns outlast a zero gradient
         turn = new.T @ old                                                          # (r, r)
         exp_avg, exp_avg_sq = self.encoded["exp_avg"].decode(), self.encoded["exp_avg_sq"].decode()
         self._store("projector", new, generator)

@@ -153,7 +153,7 @@ class GradientStatistics:
         self.square += delta * (sample - self.mean)
         if self.steps > 1:
             dot, one, other = (self._sum(x) for x in (sample * self.previous, sample.square(), self.previous.square()))
-            self.cosine += dot / safe((one * other).sqrt())
+            self.cosine += dot / safe(one.sqrt() * other.sqrt())
         self.previous.copy_(sample)
         for index, (_, norm) in taken.items():
             self.norm[index] = norm

@@ -30,11 +30,12 @@ def _quiet_gym() -> None:
 
 _quiet_gym()
 try:
-    from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
+    from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices
 except ImportError as problem:
     raise ImportError('LayerVecEnv needs stable-baselines3: pip install "mango-optim[train]"') from problem
 
 Spec = str | WorkloadBuilder
+StepReturn = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]
 Driver = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 _STATIC = [FEATURE_INDEX[name] for name in ("depth", "numel", "aspect", *(f"kind_{kind}" for kind in KINDS))]
 
@@ -118,7 +119,12 @@ class LayerVecEnv(VecEnv):
     def step_async(self, actions: NDArray[np.int64]) -> None:
         self._chosen = np.asarray(actions).reshape(self.num_envs, -1)
 
-    def step_wait(self) -> VecEnvStepReturn:
+    def step(self, actions: NDArray[np.int64]) -> StepReturn:
+        """`step_async` and `step_wait` in one."""
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_wait(self) -> StepReturn:
         """Train every run for one interval; returns observations (S, 64), rewards (S,), dones (S,), infos."""
         if self._chosen is None:
             raise ValueError("step_wait() without step_async(actions)")

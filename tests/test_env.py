@@ -117,7 +117,7 @@ def test_spaces_are_as_documented() -> None:
     assert make(actions="rung").action_space == gym.spaces.MultiDiscrete([len(LADDER)] * 2)
     assert env.spec is not None
     assert "mango_env.env:MangoEnv" in env.spec.to_json()                       # Minari stores it
-    env.close()
+    base.close()                                             # type: ignore[no-untyped-call]
 
 
 def test_an_episode_runs_to_its_horizon_and_terminates() -> None:
@@ -177,10 +177,9 @@ def test_observations_are_in_their_space_for_many_steps_of_random_actions() -> N
 def test_two_environments_of_one_seed_are_bit_equal_also_after_a_second_reset() -> None:
     one, two = make(memory_budget=[0.4, 0.8]), make(memory_budget=[0.4, 0.8])
     one.action_space.seed(5)
-    histories = []
+    actions, histories = [one.action_space.sample() for _ in range(30)], []
     for env in (one, two):
         history: list[Any] = [env.reset(seed=11)]
-        actions = [one.action_space.sample() for _ in range(30)] if env is one else actions
         for action in actions:
             history.append(env.step(action))
             if env.over:
@@ -307,7 +306,7 @@ def test_rendering_is_one_line_of_text() -> None:
     env.step(np.array([LADDER.index("m4v4")] * 3))
     text = str(env.render())
     assert text.startswith("t=10/20 loss=") and text.endswith("[m4v4 x3]") and "\n" not in text
-    env.close()
+    env.close()                                              # type: ignore[no-untyped-call]
 
 
 def test_ppo_of_sb3_trains_on_the_dict_observation() -> None:

@@ -266,7 +266,7 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(tmp_path: Path) -
     path = trainer.save(tmp_path / "policy.pt")
     (tmp_path / "half.pt").write_bytes(path.read_bytes()[:1000])
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"format": Planted()}))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"format": Planted()}, protocol=2))
     torch.save({"format": Planted()}, tmp_path / "planted.pt")
     torch.save({"weights": torch.zeros(2)}, tmp_path / "foreign.pt")
     for name in ("half", "text", "pickle", "planted", "foreign"):
@@ -282,4 +282,4 @@ def test_bad_arguments_are_refused() -> None:
         PPOTrainer(nn.Linear(2, 2))  # type: ignore[arg-type]
     for arguments in ({"lr": 0.0}, {"clip": 1.5}, {"gamma": -0.1}, {"epochs": 0}, {"min_samples": 1}, {"lr": math.nan}):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
-            PPOTrainer(small_net(), **arguments)  # type: ignore[arg-type]
+            PPOTrainer(small_net(), **arguments)

@@ -4,16 +4,13 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 FAILED = 2                                               # exit code of an error that is told in one line
@@ -22,6 +19,10 @@ DEBUG_FLAG = "MANGO_DEBUG"
 
 console = Console()
 err_console = Console(stderr=True)
+
+JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON to this file; - is stdout, without tables")]
+SeedOption = Annotated[int, typer.Option("--seed", help="everything random follows from it")]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="optimizer steps of a run; default: the workload's own")]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,8 +49,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            err_console.print("mango: interrupted", highlight=False)
+        except KeyboardInterrupt as interruption:
+            say(f"mango: interrupted: {interruption}" if str(interruption) else "mango: interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:                          # the reader of a pipe went away, `mango ... | head`
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes stdout once more on its way out
@@ -63,16 +64,6 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-@contextmanager
-def interrupt_on_terminate() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C for the time of a block, so that a stopped job keeps its last checkpoint too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write aside and rename, so that a reader never sees half a file. Non-finite numbers become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +73,22 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def emit(json_option: str | None, content: Any, tables: Callable[[], None]) -> None:
+    """Show a command's result: as tables, and as JSON in a file, or as JSON on stdout alone."""
+    if json_option == "-":
+        print(json.dumps(plain(content), indent=1, allow_nan=False))
+        return
+    tables()
+    if json_option is not None:
+        write_json(Path(json_option), content)
+        say(f"wrote {json_option}")
+
+
+def say(text: str) -> None:
+    """A line about what happens, on stderr, so that stdout stays the result."""
+    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def plain(value: Any) -> Any:
@@ -101,23 +108,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):                         # tensors, arrays and their scalars
         return plain(value.tolist())
     return str(value)
-
-
-def progress_bar() -> Progress:
-    """A bar on stderr that disappears when it is done; silent where stderr is no terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal)
-
-
-def tracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on stderr."""
-    if total is None and isinstance(items, Sequence):
-        total = len(items)
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
@@ -145,6 +135,20 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def parse_budget(text: str) -> float | int | str:
+    """A budget as the optimizer takes it: a fraction of AdamW's state, bytes, or a size.
+
+    >>> parse_budget("0.25"), parse_budget("65536"), parse_budget("64KiB")
+    (0.25, 65536, '64KiB')
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def parse_list(text: str, kind: Callable[[str], T], what: str) -> list[T]:

@@ -12,7 +12,7 @@ from typing import Any
 Row = dict[str, Any]
 NEEDED = ("policy", "workload", "seed", "state_bytes_peak", "val_loss")
 HEAT_MAPS = 4                                            # at most as many traces are drawn
-NESTED = ("trace", "loss_curve")                         # columns of a row that no table shows
+NESTED = ("decisions", "layers", "state_bytes", "loss_curve")  # columns of a row that no table shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Trace:
     label: str
     layers: list[str]                                    # L names
     rungs: list[list[str]]                               # (T, L) names of configs
-    state_bytes: list[int]                               # (T,)
+    state_bytes: list[int]                               # (T,), empty where it was not recorded
     budget: int | None
 
 
@@ -100,17 +100,17 @@ def loss_curves(rows: Sequence[Row]) -> list[Curve]:
 
 def traces(rows: Sequence[Row]) -> list[Trace]:
     """Up to `HEAT_MAPS` traces, of different policies and workloads first, those whose decisions vary before fixed ones."""
-    found: list[tuple[tuple[int, int], Trace]] = []
+    found: list[tuple[tuple[bool, int], Trace]] = []
     seen: set[tuple[str, str]] = set()
     for row in rows:
-        trace = row.get("trace")
-        if not trace or not trace["rungs"]:
+        rungs = row.get("decisions")
+        if not isinstance(rungs, list) or not rungs or not rungs[0]:
             continue
         key = (row["policy"], row["workload"])
         label = f"{row['policy']} on {row['workload']}, seed {row['seed']}, budget {bytes_text(row.get('budget_bytes'))}"
-        drawn = Trace(label, trace["layers"], trace["rungs"], trace["state_bytes"], row.get("budget_bytes"))
-        varied = len({rung for rungs in trace["rungs"] for rung in rungs})
-        found.append(((key in seen, -varied), drawn))
+        layers = row.get("layers") or [f"layer {i}" for i in range(len(rungs[0]))]
+        varied = len({rung for one in rungs for rung in one})
+        found.append(((key in seen, -varied), Trace(label, layers, rungs, row.get("state_bytes") or [], row.get("budget_bytes"))))
         seen.add(key)
     return [trace for _, trace in sorted(found, key=lambda item: item[0])[:HEAT_MAPS]]
 
@@ -119,7 +119,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
     """Rows of one workload by policy and budget, with those marked that another has beaten in both bytes and loss."""
     groups: dict[tuple[str, Any], list[Row]] = {}
     for row in rows:
-        if row["val_loss"] is not None:
+        if row["val_loss"] is not None and row["state_bytes_peak"] is not None:
             groups.setdefault((row["policy"], row.get("budget_bytes")), []).append(row)
     summed = []
     for (policy, _), members in groups.items():

@@ -1,7 +1,7 @@
 """The figures of a report, as plotly JSON: loss against bytes, decisions over time, memory, learning curves."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mango.config import LADDER
@@ -17,26 +17,29 @@ def figures(result: Result) -> list[tuple[str, str]]:
     except ImportError as error:
         raise ImportError('the report needs plotly: pip install "mango-optim[train]"') from error
     drawn: list[tuple[str, Any]] = []
+    names = dict.fromkeys([row["policy"] for row in result.rows] + [curve.name for curve in result.curves])
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for workload in dict.fromkeys(row["workload"] for row in result.rows):
         mine = [row for row in result.rows if row["workload"] == workload]
-        drawn.append((f"Loss against bytes: {workload}", pareto_figure(go, mine)))
+        drawn.append((f"Loss against bytes: {workload}", pareto_figure(go, mine, colours)))
     shown = traces(result.rows)
     drawn += [(f"Decisions: {trace.label}", heat_map(go, trace)) for trace in shown]
-    drawn += [("State bytes against the budget", memory_figure(go, result.rows))]
-    drawn += [("State bytes over time", bytes_over_time(go, shown))] if shown else []
+    drawn += [("State bytes against the budget", memory_figure(go, result.rows, colours))]
+    held = [trace for trace in shown if trace.state_bytes]
+    drawn += [("State bytes over time", bytes_over_time(go, held))] if held else []
     for group in dict.fromkeys(curve.group for curve in result.curves):
-        drawn.append((group, curves_figure(go, [curve for curve in result.curves if curve.group == group])))
+        drawn.append((group, curves_figure(go, [c for c in result.curves if c.group == group], colours)))
     return [(heading, figure.to_json()) for heading, figure in drawn]
 
 
-def pareto_figure(go: Any, rows: Sequence[Row]) -> Any:
+def pareto_figure(go: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> Any:
     found = sorted(points(rows), key=lambda p: p.nbytes)
     relative = all(row.get("val_loss_adamw") is not None for row in rows)
     figure = go.Figure()
-    for i, policy in enumerate(dict.fromkeys(p.policy for p in found)):
+    for policy in dict.fromkeys(p.policy for p in found):
         mine = [p for p in found if p.policy == policy]
         symbols = ["circle-open" if p.dominated else "circle" for p in mine]
-        marker = {"size": 11, "color": COLOURS[i % len(COLOURS)], "symbol": symbols}
+        marker = {"size": 11, "color": colours[policy], "symbol": symbols}
         figure.add_scatter(
             x=[p.nbytes for p in mine],
             y=[p.excess for p in mine],
@@ -65,19 +68,18 @@ def heat_map(go: Any, trace: Trace) -> Any:
     return styled(figure, height=max(260, 90 + 24 * len(trace.layers)))
 
 
-def memory_figure(go: Any, rows: Sequence[Row]) -> Any:
-    limited = [row for row in rows if row.get("budget_bytes")]
+def memory_figure(go: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> Any:
+    limited = [row for row in rows if row.get("budget_bytes") and row["state_bytes_peak"] is not None]
     figure = go.Figure()
-    for i, policy in enumerate(dict.fromkeys(row["policy"] for row in limited)):
+    for policy in dict.fromkeys(row["policy"] for row in limited):
         mine = [row for row in limited if row["policy"] == policy]
         text = [f"{row['workload']}, seed {row['seed']}" for row in mine]
-        figure.add_scatter(x=[row["budget_bytes"] for row in mine], y=[row["state_bytes_peak"] for row in mine], text=text,
-                           mode="markers", name=policy, marker={"color": COLOURS[i % len(COLOURS)], "size": 8})  # fmt: skip
-    if limited:
-        ends = [min(row["budget_bytes"] for row in limited), max(row["budget_bytes"] for row in limited)]
-        figure.add_scatter(x=ends, y=ends, mode="lines", name="the budget", line={"color": "#dc2626", "width": 1})
+        used = [row["state_bytes_peak"] / row["budget_bytes"] for row in mine]
+        figure.add_scatter(x=[row["budget_bytes"] for row in mine], y=used, text=text, mode="markers", name=policy,
+                           marker={"color": colours[policy], "size": 8})  # fmt: skip
+    figure.add_hline(y=1, line={"color": "#dc2626", "width": 1}, annotation_text="the budget")
     figure.update_xaxes(title="budget, bytes (log)", type="log")
-    figure.update_yaxes(title="peak state bytes (log)", type="log")
+    figure.update_yaxes(title="peak state bytes / budget", rangemode="tozero")
     return styled(figure)
 
 
@@ -94,10 +96,10 @@ def bytes_over_time(go: Any, shown: Sequence[Trace]) -> Any:
     return styled(figure)
 
 
-def curves_figure(go: Any, curves: Sequence[Curve]) -> Any:
+def curves_figure(go: Any, curves: Sequence[Curve], colours: Mapping[str, str]) -> Any:
     figure = go.Figure()
-    for i, curve in enumerate(curves):
-        line = {"color": COLOURS[i % len(COLOURS)]}
+    for curve in curves:
+        line = {"color": colours[curve.name]}
         figure.add_scatter(x=list(curve.x), y=list(curve.y), mode="lines", name=curve.name, line=line)
     figure.update_xaxes(title=curves[0].x_title)
     figure.update_yaxes(title=curves[0].y_title)

@@ -57,7 +57,7 @@ def page(result: Result, figures: Sequence[tuple[str, str]]) -> str:
 
 def verdict(rows: Sequence[Row]) -> str:
     """One paragraph: how many runs there were and whether every budget held at every step."""
-    limited = [row for row in rows if row.get("budget_bytes")]
+    limited = [row for row in rows if row.get("budget_bytes") and row["state_bytes_peak"] is not None]
     over = [row for row in limited if row["state_bytes_peak"] > row["budget_bytes"]]
     runs = f"{len(rows)} runs on {', '.join(dict.fromkeys(row['workload'] for row in rows))}."
     if not limited:

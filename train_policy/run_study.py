@@ -189,29 +189,28 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
 
 
 def mango_losses(args: Args, method: Method, seed: int) -> Row:
-    """Train with MANGO: losses per step, held-out measures, bytes, and the rung of every layer at every decision."""
+    """Train with MANGO: losses per step, held-out measures, bytes, and the config of every layer in every interval."""
     run = training_run(args, method, seed)
     losses: list[float] = []
-    trace: list[list[str]] = []
+    decisions: list[list[str]] = []
     held: list[int] = []
-    peak = 0
     while not run.done:
+        decisions.append([config.name for config in run.optimizer.applied])
         interval = run.advance()
         if interval.error is not None:
             raise RuntimeError(interval.error)
         losses += interval.losses.tolist()
-        peak = max(peak, interval.state_bytes_peak)
         held.append(interval.state_bytes_peak)
-        trace.append([config.name for config in run.optimizer.applied])
-    budget = run.budget if run.budget < 2**62 else None
+    limited = method.options.get("memory_budget", args.budget) is not None
     return {
         "losses": losses,
         **run.evaluate(),
-        "budget_bytes": budget,
-        "state_bytes_peak": peak,
+        "budget_bytes": run.budget if limited else None,
+        "state_bytes_peak": max(held),
         "adamw_bytes": run.optimizer.adamw_bytes,
-        "decisions": len(trace),
-        "trace": {"layers": [layer.name for layer in run.layers], "rungs": trace, "state_bytes": held, "budget_bytes": budget},
+        "layers": [layer.name for layer in run.layers],
+        "decisions": decisions,
+        "state_bytes": held,
     }
 
 
@@ -230,7 +229,7 @@ def torch_losses(args: Args, method: Method, seed: int) -> Row:
         "budget_bytes": None,
         "state_bytes_peak": sum(t.numel() * t.element_size() for t in tensors if t.dim()),
         "adamw_bytes": 8 * sum(p.numel() for p in workload.model.parameters()),
-        "decisions": 0,
+        "decisions": [],
     }
 
 

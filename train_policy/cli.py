@@ -1,0 +1,249 @@
+"""The `mango` command. Heavy libraries are imported by the command that needs them, so that `mango --help` is quick.
+
+Errors are one line on stderr and exit code 2, a failed part of a run is exit code 1, Ctrl-C is 130. `--json FILE` writes what a
+command found for a machine to read, `-` writes it to stdout in place of the tables.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from train_policy.cli_data import data_app
+from train_policy.cli_support import (
+    DEBUG_FLAG,
+    JsonOption,
+    SeedOption,
+    StepsOption,
+    console,
+    emit,
+    err_console,
+    guarded,
+    one_line,
+    parse_budget,
+    parse_list,
+    print_table,
+    say,
+)
+from train_policy.cli_train import collect, train_app
+
+PART_FAILED = 1                                          # exit code where some runs failed and the others are there
+
+app = typer.Typer(name="mango", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("collect")(guarded(collect))
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+
+
+@app.callback(help="MANGO: training under a byte budget. Record runs, learn a policy from them, freeze it, plug it in, compare.")
+def common(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    if debug:
+        os.environ[DEBUG_FLAG] = "1"
+
+
+@app.command()
+@guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="folder of everything that the demo makes")] = Path("runs/demo"),
+    seed: SeedOption = 0,
+    workers: Annotated[int, typer.Option(help="processes")] = 2,
+    quick: Annotated[bool, typer.Option(help="the same stages, far too short to learn: a test of the machinery")] = False,
+    json: JsonOption = None,
+) -> None:
+    """The whole way: record runs, learn in stages, freeze, plug in, compare. At most 10 minutes on 2 cores."""
+    from train_policy.demo import DemoArgs, run_demo
+
+    result = run_demo(DemoArgs(out=out, seed=seed, workers=workers, quick=quick))
+    emit(json, result, lambda: None)
+    if result["failures"]:
+        raise typer.Exit(PART_FAILED)
+
+
+@app.command()
+@guarded
+def evaluate(
+    policy: Annotated[list[str], typer.Option(help="adamw, fixed:RUNG, fixed:all, a heuristic, a shipped name or a path; repeatable")],
+    workload: Annotated[list[str], typer.Option(help="a name or module:function; repeatable")],
+    budgets: Annotated[str, typer.Option(help="comma-separated: fractions of AdamW's state, sizes such as 64KiB, bytes")] = "0.25",
+    seeds: Annotated[int, typer.Option(help="runs per policy, workload and budget")] = 3,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    interval: Annotated[int, typer.Option(help="optimizer steps per decision")] = 10,
+    lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
+    rule: Annotated[str, typer.Option(help="base rule of the optimizer")] = "adamw",
+    workers: Annotated[int, typer.Option(help="processes")] = 1,
+    json: JsonOption = None,
+) -> None:
+    """Train under budgets with each policy, beside torch.optim.AdamW on the same seeds."""
+    from mango.config import LADDER
+    from mango_env.run import RUN_RULES
+    from train_policy.evaluate import EvaluationArgs
+    from train_policy.evaluate import evaluate as measure
+
+    if rule not in RUN_RULES:
+        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RUN_RULES)}")
+    specs = [spec for given in policy for spec in given.split(",") if spec]
+    rungs = [f"fixed:{name}" for name in LADDER.names]
+    specs = list(dict.fromkeys(one for spec in specs for one in (rungs if spec == "fixed:all" else [spec])))
+    args = EvaluationArgs(horizon=steps, interval=interval, lr=lr)
+    sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
+    rows = measure(specs, workload, sizes, draws, args, workers=workers, progress=err_console.is_terminal)
+    emit(json, [row.to_dict() for row in rows], lambda: print_evaluation(rows))
+    judge(rows)
+
+
+def judge(rows: list[Any]) -> None:
+    """Exit with `PART_FAILED` where a run diverged or broke its budget, or where none could be done."""
+    diverged = [row for row in rows if row.status == "diverged"]
+    over = [row for row in rows if not row.within_budget]
+    if diverged or over or all(row.val_loss is None for row in rows):
+        unfit = sum(not row.fits for row in rows)
+        say(f"of {len(rows)} runs {len(diverged)} diverged, {len(over)} broke the budget, {unfit} did not fit it")
+        raise typer.Exit(PART_FAILED)
+
+
+def print_evaluation(rows: list[Any]) -> None:
+    from train_policy.evaluate import summary
+
+    columns = ("policy", "workload", "budget", "bytes", "peak", "val loss", "gap to AdamW %", "95 % interval", "step time", "note")
+    body = []
+    for row in summary(rows):
+        interval = "" if row.gap_low is None else f"{row.gap_low:+.2f} .. {row.gap_high:+.2f}"
+        note = f"{row.failed} failed" if row.failed else "" if row.within_budget else "over budget"
+        body.append((row.policy, row.workload, row.budget, row.budget_bytes, row.state_bytes_peak, row.val_loss,
+                     row.gap, interval, row.step_time_ratio, note))  # fmt: skip
+    print_table("Held-out loss under a byte budget (mean over seeds)", columns, body)
+
+
+@app.command()
+@guarded
+def freeze(
+    source: Annotated[Path, typer.Option("--from", help="a checkpoint of mango train, an SB3 .zip or a d3rlpy .d3")],
+    out: Annotated[Path, typer.Option(help="the frozen policy, NAME.safetensors; its card NAME.json lies beside it")],
+    evaluation: Annotated[Path | None, typer.Option(help="JSON of mango evaluate; its summary goes into the card")] = None,
+    data: Annotated[Path | None, typer.Option(help="the trajectory store that it was trained on; its digest goes into the card")] = None,
+    description: Annotated[str, typer.Option(help="one line for the card")] = "",
+    licence: Annotated[str, typer.Option(help="licence of the policy")] = "MIT",
+    trust_pickle: Annotated[bool, typer.Option(help="load a .zip or .d3 although it runs code of its author")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Turn a checkpoint into a frozen policy file that runs anywhere with torch alone."""
+    from train_policy.freezing import freeze_checkpoint
+
+    path, card = freeze_checkpoint(
+        source, out, evaluation=evaluation, data=data, description=description, licence=licence, trust_pickle=trust_pickle
+    )
+    emit(json, {"path": str(path), "card": card}, lambda: console.print(f"wrote {path} and {path.with_suffix('.json')}"))
+
+
+@app.command()
+@guarded
+def inspect(
+    policy: Annotated[str, typer.Argument(help="a shipped name or the path of a frozen policy")],
+    workload: Annotated[str, typer.Option(help="the run that it decides for us to watch")] = "source_lm",
+    steps: StepsOption = None,
+    budget: Annotated[str, typer.Option(help="a fraction of AdamW's state, a size, or bytes")] = "0.25",
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """What a policy is, what it decides during a run, which features move it, and whether its phases differ."""
+    from mango.policy_file import load_policy
+    from train_policy.inspection import inspect_policy
+
+    found = inspect_policy(load_policy(policy), workload, seed=seed, steps=steps, budget=parse_budget(budget))
+    emit(json, found, lambda: print_inspection(found))
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    shown = ("name", "head", "architecture", "parameters", "ladder", "schema_hash", "weights_sha256")
+    print_table("Policy", ("", ""), [(key, str(found[key])) for key in shown])
+    card = {key: value for key, value in found["card"].items() if not isinstance(value, list | dict)}
+    print_table("Card", ("", ""), [(key, str(value)) for key, value in card.items()])
+    probe = found["probe"]
+    title = f"Decisions on {probe['workload']}, seed {probe['seed']}, budget {probe['budget']}"
+    last = len(probe["rungs"]) - 1
+    moments = sorted({0, last // 4, last // 2, 3 * last // 4, last})
+    columns = ("layer", *(f"decision {t}" for t in moments))
+    print_table(title, columns, [(name, *(probe["rungs"][t][i] for t in moments)) for i, name in enumerate(probe["layers"])])
+    listened = [(name, value) for name, value in list(found["sensitivity"].items())[:12]]
+    print_table("What it listens to (change of its scores per spread of a feature)", ("feature", "change"), listened)
+    phases = found["phase_separation"]
+    rows = [(phase, ", ".join(f"{r} {share:.0%}" for r, share in shares.items())) for phase, shares in phases["by_phase"].items()]
+    score = "" if phases["silhouette"] is None else f" (silhouette {phases['silhouette']:+.2f})"
+    print_table("Decisions by phase", ("phase", "rungs"), rows, caption=phases["verdict"] + score)
+
+
+@app.command()
+@guarded
+def run(
+    mode: Annotated[str, typer.Argument(help="single, comparative or ablation")],
+    optimizer: Annotated[str, typer.Option(help="of a single study: adam, adamw, sgd, mango_learned, mango_adaptive, ...")] = "adamw",
+    workload: Annotated[str, typer.Option(help="a name or module:function")] = "digits_mlp",
+    policy: Annotated[str, typer.Option(help="the frozen policy of mango_learned")] = "demo",
+    budget: Annotated[str, typer.Option(help="of MANGO: a fraction of AdamW's state, a size, or bytes")] = "0.25",
+    steps: StepsOption = None,
+    epochs: Annotated[float | None, typer.Option(help="instead of steps")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="default: the workload's own")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="default: the workload's own; SGD's is 25 times that")] = None,
+    seeds: Annotated[int, typer.Option(help="runs per method")] = 1,
+    seed: SeedOption = 0,
+    target: Annotated[float | None, typer.Option(help="report the first step whose training loss reaches it")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of data sets, in place of MANGO_DATA")] = None,
+    output_dir: Annotated[Path, typer.Option(help="where study.json and study.csv go")] = Path("runs/study"),
+    json: JsonOption = None,
+) -> None:
+    """Train one optimizer, five against each other, or MANGO with components switched off. Writes JSON and CSV."""
+    if data_dir is not None:
+        os.environ["MANGO_DATA"] = str(data_dir)
+    from train_policy.run_study import Args, run_study, summary
+
+    args = Args(mode, optimizer, workload, policy, parse_budget(budget), steps, epochs, batch_size, learning_rate,
+                seeds=seeds, seed=seed, target=target)  # fmt: skip
+    path, rows, failures = run_study(args, output_dir, report=say)
+    lines = summary(rows)
+
+    def tables() -> None:
+        columns = ("policy", "val_loss", "val_loss_se", "val_accuracy", "state_bytes_peak", "adamw_bytes", "seconds", "what")
+        if lines:
+            print_table(f"{mode} on {workload}, {seeds} seeds", columns, [[line[c] for c in columns] for line in lines])
+        console.print(f"wrote {path} and {path.with_suffix('.csv')}")
+
+    emit(json, {"rows": rows, "summary": lines, "failures": failures}, tables)
+    if failures:
+        say(f"{len(failures)} of {len(rows) + len(failures)} runs failed")
+        raise typer.Exit(PART_FAILED)
+
+
+@app.command()
+@guarded
+def report(
+    results: Annotated[Path, typer.Argument(help="JSON of mango evaluate, mango demo or mango run")],
+    out: Annotated[Path | None, typer.Option(help="the page; default: beside the results, with the suffix .html")] = None,
+    json: JsonOption = None,
+) -> None:
+    """One self-contained HTML page from a results file, and a CSV of its rows beside it."""
+    from train_policy.report import report_file
+
+    page, table = report_file(results, out or results.with_suffix(".html"))
+    emit(json, {"page": str(page), "csv": str(table)}, lambda: console.print(f"wrote {page} and {table}"))
+
+
+def main() -> None:
+    """The entry point of `mango`; `--debug` may stand anywhere on the line."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if len(arguments) < len(sys.argv) - 1:
+        os.environ[DEBUG_FLAG] = "1"
+    try:
+        app(arguments, prog_name="mango")
+    except Exception as error:
+        # What no command expects is a bug of ours: still one line, and the way to see all of it.
+        if os.environ.get(DEBUG_FLAG):
+            raise
+        print(f"mango: internal error: {one_line(error)} (add --debug for the traceback)", file=sys.stderr)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
