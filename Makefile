@@ -51,7 +51,7 @@ readme: $(READY)     ## fill the README's results from benchmarks/results and de
 	$(BIN)/python -m experiments.readme_table
 
 bench: $(READY)      ## the benchmarks, one after another; results go to benchmarks/results
-	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python -m "benchmarks.$$(basename $$program .py)"; done
+	@set -e; for program in $$(grep -l __main__ benchmarks/*.py); do echo "== $$program"; $(BIN)/python -m "benchmarks.$$(basename $$program .py)"; done
 
 clean:               ## remove the environment, builds, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs demo.json

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -23,12 +24,15 @@ from torch import Tensor
 if __package__ in (None, "") and (Path(__file__).parent.parent / "mango").is_dir():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mango import KNOBS, MANGO, POLICIES, CompressionConfig, Decision, load_policy
+from mango import KNOBS, LADDER, MANGO, CompressionConfig, Decision
 from mango.config import NVEC
-from mango_env.workloads import Workload, make_workload, workload_name
+from mango.policy_choice import as_policy, proposals
+from mango.policy_file import FrozenPolicy
+from mango_env.workloads import Workload, make_workload
 from train_policy.cli_support import one_line, write_json
 from train_policy.provenance import about
 
+FILE_CHECK = "policy can be loaded"
 BOOKKEEPING = 256                                                              # bytes per layer of tables that are no state
 
 
@@ -49,7 +53,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.steps < 2 * self.interval:
-            raise ValueError(f"steps={self.steps} must be at least twice interval={self.interval} (and that 1): decisions act late")
+            raise ValueError(f"steps={self.steps} must be at least twice interval={self.interval}, and that at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,11 @@ class Record:
 
 
 def verify(args: Args) -> tuple[list[Check], Record]:
-    """Train and judge. Raises what a wrong policy file, workload or budget raises."""
-    shadow = None if args.policy in POLICIES else load_policy(args.policy)     # refuses any file that is not of our schema
+    """Train and judge. Raises what a wrong workload or budget raises; a wrong policy file is a failed check."""
+    try:
+        shadow = as_policy(args.policy, LADDER)                                # refuses any file that is not of our schema
+    except ValueError as error:
+        return [Check(FILE_CHECK, False, one_line(error))], Record()
     workload = make_workload(args.workload, args.seed)
     optimizer = MANGO(
         workload.model.named_parameters(),
@@ -94,13 +101,14 @@ def verify(args: Args) -> tuple[list[Check], Record]:
 
 
 def train(args: Args, workload: Workload, optimizer: MANGO, shadow: Any) -> Record:
-    """Run `args.steps` steps and look at everything after each of them. `shadow` is a second copy of a frozen policy."""
+    """Run `args.steps` steps and look at everything after each of them. `shadow` is a second copy of the policy."""
     record = Record(state_bytes=[optimizer.state_bytes()])
 
     def watch(decision: Decision) -> None:
         record.decisions.append({"step": decision.step, "applied": [config.name for config in decision.applied]})
-        if shadow is not None:
-            record.answers += wrong_answers(shadow, decision, len(optimizer.ladder))
+        record.state_bytes.append(optimizer.state_bytes())
+        problems = wrong_answers(shadow, decision, len(optimizer.ladder))
+        record.answers += [f"step {decision.step}: {problem}" for problem in problems]
 
     handle = optimizer.register_decision_hook(watch)
     for step in range(1, args.steps + 1):
@@ -127,20 +135,19 @@ def judge(args: Args, optimizer: MANGO, shadow: Any, record: Record) -> list[Che
     finite = all(map(math.isfinite, record.losses))
     due = args.steps // args.interval
     used = sorted({name for decision in record.decisions for name in decision["applied"]})
-    if shadow is None:
-        origin = f"{args.policy} is a heuristic: no file"
-    else:
+    origin = f"{args.policy} is no file, its rules are in mango.policies"
+    if isinstance(shadow, FrozenPolicy):
         meta = shadow.metadata
         origin = f"{meta['format']} {meta['format_version']}, schema {meta['schema_hash']}, knobs {meta['knobs_version']}"
     return [
-        Check("policy file has our format, schema and menus", True, origin),   # load_policy refuses any other
-        Check("policy answers are legal", not record.answers, first_of(record.answers) or "shapes, values and menus"),
+        Check(FILE_CHECK, True, origin),
+        Check("its answers are legal", not record.answers, first_of(record.answers) or "shapes, values and menus"),
         Check("decisions are taken on time", len(record.decisions) == due, f"{len(record.decisions)} of {due}"),
         Check("applied configs are on the menus", not record.illegal, first_of(record.illegal) or f"used {', '.join(used)}"),
         Check(
-            "state stays within the budget after every step",
+            "state is within the budget at all times",
             over == 0,
-            f"peak {peak:,} of {budget:,} bytes ({peak / optimizer.adamw_bytes:.1%} of AdamW's), {over} steps over",
+            f"peak {peak:,} of {budget:,} bytes ({peak / optimizer.adamw_bytes:.1%} of AdamW's), {over} times over",
         ),
         Check(
             "memory report matches the storages",
@@ -156,31 +163,36 @@ def judge(args: Args, optimizer: MANGO, shadow: Any, record: Record) -> list[Che
 
 
 def wrong_answers(shadow: Any, decision: Decision, rungs: int) -> Iterator[str]:
-    """What is wrong with a frozen policy's own answer to an observation, before the budget has its say."""
+    """What is wrong with a policy's own answer to an observation, before the budget has its say."""
     layers = len(decision.observation)
-    if shadow.head == "rung":
+    if hasattr(shadow, "scores"):
         scores: Tensor = shadow.scores(decision.observation)
         if tuple(scores.shape) != (layers, rungs) or not scores.isfinite().all():
-            yield f"step {decision.step}: scores {tuple(scores.shape)}, expected finite ({layers}, {rungs})"
+            yield f"scores {tuple(scores.shape)}, expected finite ({layers}, {rungs})"
         return
-    action: Tensor = shadow.act(decision.observation)
-    if tuple(action.shape) != (layers, len(KNOBS)) or action.dtype != torch.int64:
-        yield f"step {decision.step}: actions {tuple(action.shape)} {action.dtype}, expected ({layers}, {len(KNOBS)}) int64"
-    elif (action < 0).any() or (action >= torch.tensor(NVEC)).any():
-        yield f"step {decision.step}: an action is outside the menus, whose sizes are {NVEC}"
+    answer = shadow.act(decision.observation)
+    if isinstance(answer, Tensor):
+        sizes = torch.tensor(NVEC)
+        if answer.dtype != torch.int64 or answer.dim() != 2 or ((answer < 0) | (answer >= sizes)).any():
+            yield f"actions {tuple(answer.shape)} {answer.dtype}, expected int64 indices into menus of the sizes {NVEC}"
+    if answer is not None:
+        try:
+            proposals(answer, layers)
+        except (ValueError, TypeError) as error:
+            yield one_line(error)
 
 
 def illegal_configs(optimizer: MANGO, shadow: Any) -> Iterator[str]:
     """Configs in force that are off the menus or, where the policy picks rungs, off the ladder."""
     if len(optimizer.applied) != len(optimizer.layers):
         yield f"{len(optimizer.applied)} configs for {len(optimizer.layers)} layers"
-    rungs_only = shadow is not None and shadow.head == "rung"
-    for layer, config in zip(optimizer.layers, optimizer.applied, strict=False):
+    in_force: list[Any] = list(optimizer.applied)
+    for layer, config in zip(optimizer.layers, in_force, strict=False):
         if not isinstance(config, CompressionConfig):
             yield f"{layer.name} has a {type(config).__name__}, no CompressionConfig"
         elif any(getattr(config, knob) not in menu for knob, menu in KNOBS.items()):
             yield f"{layer.name} has {config}, which is off the menus"
-        elif rungs_only and config not in optimizer.ladder.rungs:
+        elif hasattr(shadow, "scores") and config not in optimizer.ladder.rungs:
             yield f"{layer.name} has {config.name}, which is no rung of the ladder"
 
 
@@ -264,11 +276,11 @@ def arguments(argv: Sequence[str] | None) -> Args:
 
 def show(args: Args, checks: Sequence[Check], console: Console) -> None:
     """The table of checks."""
-    table = Table(title=f"{args.policy} on {workload_name(args.workload)}", title_justify="left")
+    table = Table(title=escape(f"{args.policy} on {args.workload}"), title_justify="left")
     for column in ("check", "", "measured"):
         table.add_column(column, overflow="fold")
     for check in checks:
-        table.add_row(check.name, "[green]ok[/]" if check.passed else "[bold red]FAILED[/]", check.detail)
+        table.add_row(check.name, "[green]ok[/]" if check.passed else "[bold red]FAILED[/]", escape(check.detail))
     console.print(table)
 
 

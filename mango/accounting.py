@@ -74,10 +74,14 @@ def peak_memory(device: torch.device) -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def prevailing(layers: Sequence[Layer], configs: Sequence[CompressionConfig]) -> dict[str, float]:
-    """The config in force on most parameters, as the three knobs of the earlier public interface."""
+def prevailing(layers: Sequence[Layer], configs: Sequence[CompressionConfig]) -> dict[str, Any]:
+    """The config in force on most parameters, as the three knobs of the earlier public interface; each layer's in `layers`."""
     weight: dict[CompressionConfig, int] = {CompressionConfig(): 0}
     for layer, config in zip(layers, configs, strict=True):
         weight[config] = weight.get(config, 0) + layer.numel
     most = max(weight, key=lambda config: weight[config])
-    return {"gradient_bits": most.gradient_bits, "momentum_bits": most.momentum_bits, "sparsity_ratio": most.sparsity}
+    return _published(most) | {"layers": [_published(config) for config in configs]}
+
+
+def _published(config: CompressionConfig) -> dict[str, Any]:
+    return {"gradient_bits": config.gradient_bits, "momentum_bits": config.momentum_bits, "sparsity_ratio": config.sparsity}

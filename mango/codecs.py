@@ -239,9 +239,10 @@ class Ternary2:
     def encode(self, x: Tensor, generator: Generator | None = None) -> Encoded:
         blocks = to_blocks(x, self.block)
         largest = safe(blocks.abs().amax(1))                                      # divide first: squares would underflow
-        filled = (blocks != 0).any(1) * min(self.block, x.numel())                 # the padding of a lone block is no data
-        rms = largest * ((blocks / largest[:, None]).square().sum(1) / filled.clamp(min=1)).sqrt()
-        scale = (rms * (1.224 if generator is None else self.spread) * (filled > 0)).bfloat16()
+        starts = torch.arange(0, x.numel(), self.block, device=x.device)
+        filled = (x.numel() - starts).clamp(max=self.block)                        # (B,) the padding of the last block is no data
+        rms = largest * ((blocks / largest[:, None]).square().sum(1) / filled).sqrt()
+        scale = (rms * (1.224 if generator is None else self.spread)).bfloat16()
         fraction = (blocks.abs() / safe(scale.float())[:, None]).clamp_(max=1.0)
         codes = (_step_up(fraction, generator) * blocks.sign() + 1).to(torch.uint8)
         packed = pack(from_blocks(codes, (x.numel(),)), 2)

@@ -18,10 +18,11 @@ from mango.budget import MemoryBudget, parse_budget
 from mango.codecs import SIGNED, safe
 from mango.config import FULL, LADDER, CompressionConfig, Ladder
 from mango.layers import Layer, describe
+from mango.loss_track import LossTrack
 from mango.policies import Choice, FixedPolicy, Policy, ScoringPolicy, WaterFillingPolicy
 from mango.policy_choice import as_policy
 from mango.rules import check_hyper, check_positive
-from mango.state import Compressor, Hyper, StorageOptions, TensorState, predicted_bytes
+from mango.state import Compressor, Hyper, StorageOptions, Target, TensorState, dense_gradient, predicted_bytes
 from mango.statistics import Context, GradientStatistics
 
 
@@ -35,16 +36,6 @@ class Decision:
     bytes: Tensor                            # (L,) int64 state bytes under the applied configs
     errors: Tensor                           # (L,) float32 relative error of storing, at the last probe
     loss: float                              # mean since the last decision; nan where no loss was observed
-
-
-@dataclass(slots=True, eq=False)
-class Target:
-    """One parameter tensor: where it lives, and which layer it is (None: too small to be one)."""
-
-    name: str
-    param: Tensor
-    group: dict[str, Any]
-    layer: int | None
 
 
 class MANGO(Optimizer):
@@ -120,10 +111,7 @@ class MANGO(Optimizer):
         self._peak_lr = 0.0
         self._clip = 1.0                                                  # factor on held gradients at the next step
         self._broken: set[Target] = set()                                 # whose gradient was not finite, where they are held
-        self._losses: list[float | Tensor | None] = [None, None]          # at the step before, at this one
-        self._loss_window: tuple[float | Tensor, int] = (0.0, 0)          # sum and count since the last decision
-        self._loss_before: float | None = None                            # mean of the interval before
-        self._loss_last: float | None = None                              # mean of the last interval
+        self.losses = LossTrack()
         self.usage = Usage()
         self._decision_hooks: OrderedDict[int, Callable[[Decision], None]] = OrderedDict()  # a plain dict takes no weak reference
         self._gradient_hooks: list[RemovableHandle] = []
@@ -215,7 +203,7 @@ class MANGO(Optimizer):
         if self.steps % self.policy_update_freq == 0:
             self.statistics.finish_probe(self.generator)
             self._decide()
-        self._losses = [self._losses[1], None]
+        self.losses.next_step()
         return loss
 
     def compress_gradient(self, target: Target) -> Tensor | None:
@@ -236,7 +224,7 @@ class MANGO(Optimizer):
                 return None
             gradient = held.decode() * self._clip
         elif raw is not None:
-            gradient = _dense(target.name, raw)
+            gradient = dense_gradient(target.name, raw)
         norm = torch.linalg.vector_norm(gradient.float())
         if not math.isfinite(norm):
             self.skipped += 1
@@ -264,7 +252,8 @@ class MANGO(Optimizer):
         moved = (dense - before).norm()
         if due == 0:
             raw = target.param.grad
-            self._probe(target.layer, state, -raw if raw is not None and group["maximize"] else raw, gradient, moments, dense, moved)
+            signed = -raw if raw is not None and group["maximize"] else raw
+            self._probe(target.layer, state, signed, gradient, moments, dense, moved)
         self.statistics.moved[target.layer] = moved
 
     def _probe(
@@ -276,11 +265,9 @@ class MANGO(Optimizer):
         if raw is not None and state.config.compresses_gradient:
             error = torch.hypot(error, (raw.float() - gradient).norm() / safe(raw.float().norm()))
         residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else gradient.new_zeros(())
-        now, before = self._losses[1], self._losses[0]
-        change = float(now) - float(before) if now is not None and before is not None else 0.0
         self.statistics.probe(
             layer, state.config, grad=gradient, exp_avg=moments[0], exp_avg_sq=moments[1], param=param, moved=moved,
-            error=error, residual_norm=residual, loss_change=change,
+            error=error, residual_norm=residual, loss_change=self.losses.change,
         )  # fmt: skip
 
     def _state(self, target: Target) -> TensorState:
@@ -308,7 +295,7 @@ class MANGO(Optimizer):
         """Encode the parameter's gradient for the next step and drop it."""
         if target.param.grad is None:
             return
-        gradient = _dense(target.name, target.param.grad)
+        gradient = dense_gradient(target.name, target.param.grad)
         if math.isfinite(torch.linalg.vector_norm(gradient.float())):
             self._state(target).hold_gradient(gradient, self.generator)
         else:
@@ -337,10 +324,7 @@ class MANGO(Optimizer):
 
     def observe_loss(self, loss: float | Tensor) -> None:
         """Tell the loss at the current parameters, before `step` (which does it itself when given a closure)."""
-        loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
-        self._losses[1] = loss
-        total, count = self._loss_window
-        self._loss_window = (total + loss, count + 1)
+        self.losses.observe(loss)
 
     def observe(self, configs: Sequence[CompressionConfig] | None = None) -> Tensor:
         """The current observation (L, 64) float32, on the CPU, each value within its range in `mango.features.FEATURES`."""
@@ -348,13 +332,11 @@ class MANGO(Optimizer):
         lr = float(self.param_groups[0]["lr"])
         peak = max(self._peak_lr, lr)
         used = self.allocator.nbytes(configs)
-        last, before = self._loss_last, self._loss_before
         return self.statistics.features(Context(
             configs, used, self._numel, sum(used) + self.budget.fixed, self.budget.total,
             price=self.budget.price,
             progress=self.steps / self.total_steps if self.total_steps else 0.0,
-            loss=last if last is not None and last > 0 else None,
-            loss_slope=(last - before) / abs(before) if last is not None and before else 0.0,
+            loss=self.losses.mean, loss_slope=self.losses.slope,
             lr=lr, lr_ratio=lr / peak if peak else 1.0, peak_memory=self._peak_memory(),
         ))  # fmt: skip
 
@@ -367,10 +349,7 @@ class MANGO(Optimizer):
         return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
 
     def _decide(self) -> None:
-        total, count = self._loss_window
-        mean = float(total) / count if count else math.nan
-        self._loss_before, self._loss_last = self._loss_last, mean if math.isfinite(mean) else self._loss_last
-        self._loss_window = (0.0, 0)
+        mean = self.losses.close_interval()
         observation = self.observe()
         self._peak_lr = max(self._peak_lr, float(self.param_groups[0]["lr"]))
         if self.layers:
@@ -452,7 +431,7 @@ class MANGO(Optimizer):
         """The observation as a dict, for policies that take one: {"layers": (L, 64)}."""
         return {"layers": self.observe()}
 
-    def get_compression_config(self) -> dict[str, float]:
+    def get_compression_config(self) -> dict[str, Any]:
         """The config in force on most parameters, as the three knobs of the earlier public interface."""
         return prevailing(self.layers, self.applied)
 
@@ -463,9 +442,7 @@ class MANGO(Optimizer):
         inner = getattr(self.policy, "state_dict", None)
         saved["mango"] = {
             "steps": self.steps, "skipped": self.skipped, "peak_lr": self._peak_lr, "usage": asdict(self.usage),
-            "price": self.budget.price, "losses": [_number(x) for x in self._losses],
-            "loss_window": [_number(self._loss_window[0]), self._loss_window[1]],
-            "loss_means": [self._loss_before, self._loss_last],
+            "price": self.budget.price, "losses": self.losses.state_dict(),
             "applied": [config.to_dict() for config in self.applied],
             "statistics": self.statistics.state_dict(), "generator": self.generator.get_state(),
             "policy": inner() if inner is not None else None,
@@ -487,7 +464,8 @@ class MANGO(Optimizer):
         for i, flat in state_dict["state"].items():
             target = self.targets[int(i)]
             if tuple(flat["shape"]) != tuple(target.param.shape):
-                raise ValueError(f"the state of {target.name} has shape {tuple(flat['shape'])}, it has {tuple(target.param.shape)}")
+                saved, own = tuple(flat["shape"]), tuple(target.param.shape)
+                raise ValueError(f"{target.name} has shape {own}; the state saved for it is of shape {saved}")
             state = TensorState.from_plain(flat, self.options, target.param.device)
             state.transcode(state.config, self.generator)                    # nothing to do unless the options differ
             self.state[target.param]["tensor"] = state
@@ -498,8 +476,7 @@ class MANGO(Optimizer):
     def _restore(self, mine: Mapping[str, Any]) -> None:
         self.steps, self.skipped, self._peak_lr = mine["steps"], mine["skipped"], mine["peak_lr"]
         self.usage, self.budget.price = Usage(**mine["usage"]), mine["price"]
-        self._losses, self._loss_window = list(mine["losses"]), (mine["loss_window"][0], mine["loss_window"][1])
-        self._loss_before, self._loss_last = mine["loss_means"]
+        self.losses.load_state_dict(mine["losses"])
         self.statistics.load_state_dict(mine["statistics"])
         self.generator.set_state(mine["generator"].cpu())
         inner = getattr(self.policy, "load_state_dict", None)
@@ -507,7 +484,7 @@ class MANGO(Optimizer):
             inner(mine["policy"])
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("_gradient_hooks", "_decision_hooks", "step")               # a scheduler shadows `step` by a wrapper bound to this one
+        mine = ("_gradient_hooks", "_decision_hooks", "step")           # a scheduler shadows `step` with one bound to this object
         return {key: value for key, value in self.__dict__.items() if key not in mine and not key.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -516,14 +493,3 @@ class MANGO(Optimizer):
             self._decision_hooks, self._gradient_hooks = OrderedDict(), []
             if self.options.release_gradients:
                 self._hook_gradients()
-
-
-def _dense(name: str, gradient: Tensor) -> Tensor:
-    if gradient.is_sparse:
-        raise TypeError(f"{name} has a sparse gradient; MANGO takes dense ones (Embedding(sparse=False))")
-    return gradient
-
-
-def _number(x: float | Tensor | None) -> float | None:
-    return None if x is None else float(x)
-

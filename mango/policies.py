@@ -236,7 +236,7 @@ class CallablePolicy:
         self.inner = inner
 
     def act(self, obs: Tensor) -> Choice:
-        return self.inner({"layers": obs} | {name: feature(obs, name) for name in FEATURE_INDEX})
+        return self.inner({name: feature(obs, name) for name in FEATURE_INDEX} | {"layers": obs})   # over the count of that name
 
     def reset(self) -> None:
         reset = getattr(self.inner, "reset_hidden_state", None)

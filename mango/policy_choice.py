@@ -23,7 +23,7 @@ def as_policy(policy: Any, ladder: Ladder) -> Policy | ScoringPolicy:
         return FixedPolicy(policy)
     if isinstance(policy, str | Path):
         if str(policy) not in POLICIES:
-            return load_policy(policy)
+            return load_policy(policy, ladder=ladder)
         builder = POLICIES[str(policy)]
         return builder(ladder=ladder) if "ladder" in signature(builder).parameters else builder()
     if isinstance(policy, Policy | ScoringPolicy):
@@ -46,8 +46,9 @@ def rung_scores(choice: Choice, layers: int, rungs: int) -> NDArray[np.float64] 
     scores: NDArray[np.float64] = table.detach().double().cpu().numpy()
     if np.isnan(scores).any() or np.isposinf(scores).any():
         raise ValueError("rung scores contain nan or inf; a score is a finite number, or -inf to forbid a rung")
-    if np.isneginf(scores).all(1).any():
-        raise ValueError(f"every rung of layer {int(np.isneginf(scores).all(1).argmax())} is forbidden (-inf); allow one at least")
+    closed = np.isneginf(scores).all(1)
+    if closed.any():
+        raise ValueError(f"every rung of layer {int(closed.argmax())} is forbidden (-inf); allow one at least")
     return scores
 
 

@@ -323,6 +323,7 @@ class PPOTrainer:
     def _learn(self, batch: _Batch) -> dict[str, float]:
         """One gradient step on the clipped objective; its statistics."""
         net = self.policy_net
+        net.trunk.lstm.train()                           # cuDNN has no backward in eval mode; nothing else differs
         seen = net.evaluate(batch.observations, batch.state)                                                  # (A, U, ...)
         heads = Heads({k: x[:, batch.seen] for k, x in seen.logits.items()}, seen.value[:, batch.seen], seen.state)
         log_ratio = net.log_prob(heads, batch.actions) - batch.log_probs                                      # (A, T)

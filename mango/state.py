@@ -64,6 +64,16 @@ class Hyper:
     weight_decay: float
 
 
+@dataclass(slots=True, eq=False)
+class Target:
+    """One parameter tensor: where it lives, and which layer it is (None: too small to be one)."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    layer: int | None
+
+
 def needs_residual(config: CompressionConfig, options: StorageOptions) -> bool:
     """Whether the gradient codec is biased enough for feedback: dropped entries, or nearest rounding at 8 bits and fewer."""
     biased = config.gradient_bits <= 8 or config.sparsity > 0 or options.compressor is not None
@@ -191,7 +201,7 @@ class TensorState:
         if config.rank:
             _, large, rank = subspace(self.shape, config.rank)
             matrix = self._to_matrix(exp_avg)
-            unit = matrix / safe(matrix.abs().max())                            # its third power neither overflows nor vanishes
+            unit = matrix / safe(matrix.abs().max())                            # so that powers neither overflow nor vanish
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
             p = orthonormal(unit @ (unit.T @ (unit @ start)))
             self._store("projector", p, generator)
@@ -287,14 +297,15 @@ class TensorState:
     def _refresh(self, grad: Tensor, generator: Generator) -> None:
         """One power iteration from the projector in force (two from random columns), and the moments carried over."""
         matrix = self._to_matrix(grad.float())
-        matrix = matrix / safe(matrix.abs().max())                                  # its third power neither overflows nor vanishes
+        matrix = matrix / safe(matrix.abs().max())                                  # so that powers neither overflow nor vanish
         _, large, rank = subspace(self.shape, self.config.rank)
         old = self.encoded["projector"].decode()
         if not bool(old.any()):                                                     # the first gradient: nothing to carry over
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
             self._store("projector", orthonormal(matrix @ (matrix.T @ (matrix @ start))), generator)
             return
-        new = orthonormal(matrix @ (matrix.T @ old) + 1e-3 * matrix.norm().square().clamp(min=1) * old)   # old columns outlast a zero gradient
+        keep = 1e-3 * matrix.norm().square().clamp(min=1)                           # old columns outlast a zero gradient
+        new = orthonormal(matrix @ (matrix.T @ old) + keep * old)
         turn = new.T @ old                                                          # (r, r)
         exp_avg, exp_avg_sq = self.encoded["exp_avg"].decode(), self.encoded["exp_avg_sq"].decode()
         self._store("projector", new, generator)
@@ -315,6 +326,13 @@ class TensorState:
         p, matrix = self.encoded["projector"].decode(), self._to_matrix(grad)
         outside: Tensor = (matrix - p @ (p.T @ matrix)).norm() / safe(matrix.norm())
         return torch.hypot(error, outside)
+
+
+def dense_gradient(name: str, gradient: Tensor) -> Tensor:
+    """The gradient, if it is dense: TypeError otherwise."""
+    if gradient.is_sparse:
+        raise TypeError(f"{name} has a sparse gradient; MANGO takes dense ones (Embedding(sparse=False))")
+    return gradient
 
 
 def direction(exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:

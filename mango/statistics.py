@@ -272,7 +272,7 @@ class GradientStatistics:
         ratio = context.budget / max(1, 8 * context.total_numel)
         shared: dict[str, float] = {
             "progress": context.progress,
-            "loss": math.log(context.loss) if context.loss else 0.0,
+            "loss": math.log(context.loss) if context.loss and context.loss > 0 else 0.0,
             "loss_slope": context.loss_slope,
             "lr": math.log10(context.lr) if context.lr > 0 else -10.0,
             "lr_ratio": context.lr_ratio,

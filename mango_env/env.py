@@ -122,7 +122,8 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         # Both are drawn in any case, so that options do not shift what later episodes draw.
         run_seed = self.seeds[int(self.np_random.integers(len(self.seeds)))]
         budget = self.budgets[int(self.np_random.integers(len(self.budgets)))]
-        run_seed, budget = options.get("run_seed", run_seed), options.get("memory_budget", budget)
+        run_seed = whole_number("run_seed", options.get("run_seed", run_seed), None)
+        budget = options.get("memory_budget", budget)
         self.over, self._last, self.error = False, None, None
         self._seconds = self._step_seconds = 0.0
         self.run = self.twin = None
@@ -133,8 +134,8 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             self.twin = twin_of(self.run) if self.reward.loss == "twin" else None
             self.layers, self.observation = self.run.layers, self.run.observe()
         except Exception as problem:  # one seed of a user's workload may fail; then the first step ends the episode
-            if "memory_budget" in options or "run_seed" in options:
-                raise
+            if "memory_budget" in options and isinstance(problem, ValueError):
+                raise                                        # an impossible budget is the caller's mistake
             self.run, self.error = None, describe_error(problem)
         return self._observed(), self._reset_info(run_seed)
 

@@ -99,7 +99,10 @@ class Episode:
         missing = [name for name in INFOS if name not in self.infos]
         if missing:
             raise ValueError(f"infos lack {missing}; an episode has {list(INFOS)}")
-        infos = {n: _numbers(f"infos[{n!r}]", a, "i" if n == "rung" else "fiu", info_dtype(n), (steps,)) for n, a in self.infos.items()}
+        infos = {
+            name: _numbers(f"infos[{name!r}]", array, "i" if name == "rung" else "fiu", info_dtype(name), (steps,))
+            for name, array in self.infos.items()
+        }
         if infos["rung"].min() < 0:
             raise ValueError(f"infos['rung'] has {int(infos['rung'].min())}; a rung is an index >= 0")
         for name, array in converted.items():
@@ -184,7 +187,7 @@ def _attributes(given: Mapping[str, Any]) -> dict[str, str | int | float | bool]
         raise ValueError(f"attributes {reserved} are written by the store itself; leave them out")
     attributes: dict[str, str | int | float | bool] = {}
     for name, value in given.items():
-        scalar = value.item() if isinstance(value, np.generic) else value
+        scalar: Any = value.item() if isinstance(value, np.generic) else value
         kind = ATTRIBUTES[name][0] if name in ATTRIBUTES else (str, int, float, bool)
         if kind is float and isinstance(scalar, int) and not isinstance(scalar, bool):
             scalar = float(scalar)

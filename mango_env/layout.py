@@ -7,12 +7,10 @@
     <root>/cache/<digest>/               flat arrays for training, see mango_env.cache
 """
 
-import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +61,7 @@ class Header:
 
         Raises ValueError saying what was expected and what was found.
         """
-        expected = {"format": FORMAT, "format_version": FORMAT_VERSION, "schema_hash": SCHEMA_HASH, "knobs_version": KNOBS_VERSION}
+        expected = dict(format=FORMAT, format_version=FORMAT_VERSION, schema_hash=SCHEMA_HASH, knobs_version=KNOBS_VERSION)
         for key, value in expected.items():
             if found.get(key) != value:
                 raise ValueError(f"{where}: expected {key} {value!r}, found {found.get(key)!r}; {_advice(key)}")
@@ -128,19 +126,18 @@ class Paths:
         try:
             self.shards.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise explained(error, f"cannot make a trajectory store at {self.root}", "choose a folder that can be written") from error
+            what = f"cannot make a trajectory store at {self.root}"
+            raise explained(error, what, "choose a folder that can be written") from error
 
     def dataset_id(self, header: Header) -> str:
         """Minari's name of the store: its path where that is one (`mango/<task>/<policy>-v<n>`), else made from the header."""
         tail = "/".join(self.root.absolute().parts[-3:])
         return tail if MINARI_ID.fullmatch(tail) else dataset_id(header.task, header.policy)
 
-    @contextmanager
-    def index_lock(self) -> Iterator[None]:
-        """One process at a time rebuilds index and metadata."""
-        with (self.shards / ".index.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)                 # released when the file is closed, however that happens
-            yield
+    @property
+    def index_lock(self) -> Path:
+        """The lock file under which one process at a time rebuilds index and metadata."""
+        return self.shards / ".index.lock"
 
 
 def dataset_id(task: str, policy: str) -> str:

@@ -286,6 +286,8 @@ class TrajectoryRecorder:
     def _on_decision(self, decision: Decision) -> None:
         if self._diverged:
             return
+        if len(decision.applied) != len(self._adamw):
+            raise ValueError("the optimizer's layers changed while recording: close the recorder before add_param_group")
         finite = math.isfinite(decision.loss)
         if not finite and math.isnan(self._first):
             raise ValueError("no finite loss was seen: call optimizer.observe_loss(loss) before step(), or give step() a closure")

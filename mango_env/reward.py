@@ -53,10 +53,11 @@ class Reward:
     since the interval before, on the same scale; it needs no twin. Both are clipped to [-2, 2]; the floor keeps a
     training loss near zero from making noise look like damage.
 
-    The defaults make the terms comparable. Between the rungs of the ladder the memory term moves by about 0.9, the
-    error by 0.01 (8 bits) to 0.6 (2 bits), and a loss gap that a user would mind is a few per cent; so with
-    `beta = gamma = 0.1` all of a layer's memory is worth a loss gap of 9 %, and going from 8 to 4 bits earns about what
-    a gap of 1 % costs.
+    The defaults make the terms comparable. Over the rungs of the ladder the memory term goes from 0 to 0.98 and the
+    error from 0 over 0.02 (8 bits), 0.2 (4) and 0.45 (2) to 0.9 (rank 1), while the loss gap stays within 0.03 down to 4
+    bits, is 0.0 to 0.1 at 2 bits and 0.3 to 1.9 at rank 1 (means over runs of `digits_mlp` and `source_lm`). With
+    `beta = gamma = 0.1` all of a layer's memory is worth a loss gap of 10 %, and the step from 8 to 4 bits, 0.012 for
+    memory, is paid for by its error unless the loss says otherwise.
 
     A run that diverges is charged `divergence_penalty` through the loss term for this decision and every one that the
     episode still had, as if the worst loss had stayed: giving up early never pays.

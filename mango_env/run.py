@@ -29,6 +29,7 @@ DEFAULT_LR = 2e-3
 DEFAULT_INTERVAL = 10       # optimizer steps per decision
 DIVERGED = 5.0              # a run diverged when an interval's mean loss exceeds this many times its first loss (of at least 1)
 RUN_RULES = ("adamw",)
+HYPER = ("betas", "eps", "weight_decay", "maximize")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,8 +75,8 @@ class TrainingRun:
     such as "64KiB", or bytes; `lr`: None takes the workload's own, or 2e-3; `policy`: "hold" waits for `apply`, anything
     else that MANGO takes decides by itself; `optimizer_options` go to MANGO.
 
-    While it works, the run borrows torch's global generator and gives it back as it was, so that dropout and other
-    users of it repeat with the seed and neither disturb nor notice the process around them.
+    While it works, the run borrows torch's global generators (the CPU's and those of the model's devices) and gives them
+    back as they were: dropout and the like repeat with the seed and neither disturb nor notice the process around them.
 
     >>> run = TrainingRun("digits_mlp", seed=0, horizon=20, interval=10)
     >>> run.advance().stop
@@ -128,7 +129,12 @@ class TrainingRun:
         self.diverged = False
         self._first = self._previous = math.nan
         self._peak = self.optimizer.state_bytes()
-        self._random += [torch.cuda.get_rng_state(device) for device in self._cuda_devices]
+        self._random += [torch.Generator(device).manual_seed(self.seed).get_state() for device in self._cuda_devices]
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Those of the optimizer's options that change training at full precision too: an uncompressed twin shares them."""
+        return {name: self._options[name] for name in HYPER if name in self._options}
 
     @property
     def layers(self) -> list[Layer]:

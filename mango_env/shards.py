@@ -225,7 +225,7 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
         raise ValueError(f"{path} does not exist; rebuild the index with `mango data salvage`") from error
     except OSError as error:
         size = path.stat().st_size
-        raise ValueError(f"{path}: expected an HDF5 file of episodes, found {size} bytes that HDF5 cannot open ({error})") from error
+        raise ValueError(f"{path}: expected an HDF5 file, found {size} bytes that HDF5 cannot open ({error})") from error
     with file:
         yield file
 

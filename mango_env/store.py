@@ -4,7 +4,7 @@
 ...     writer.add(episode)
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -20,7 +20,6 @@ from mango.config import LADDER, NVEC, Ladder
 from mango.features import FEATURES
 from mango_env.episode import Episode
 from mango_env.layout import (
-    METADATA_FILE,
     MINARI_VERSION,
     SHARDS,
     Header,
@@ -32,6 +31,7 @@ from mango_env.layout import (
     slug,
     write_json,
 )
+from mango_env.locks import WriterLock, locked
 from mango_env.reward import Reward
 from mango_env.shards import SUFFIX, Entry, ShardWriter, read_entries
 
@@ -81,11 +81,11 @@ class TrajectoryWriter:
         if self._lock is None:
             raise ValueError(f"the writer of {self.paths.root} is closed; open another one")
         if os.getpid() != self._pid:
-            raise ValueError(f"this writer belongs to process {self._pid}, not {os.getpid()}; open one TrajectoryWriter per process")
+            raise ValueError(f"this writer belongs to process {self._pid}, not {os.getpid()}; open one per process")
         if episode.infos["rung"].max() >= len(self.header.ladder):
             raise ValueError(f"rung {episode.infos['rung'].max()} is outside the ladder's 0..{len(self.header.ladder) - 1}")
         if episode.reward != self.header.reward:
-            raise ValueError(f"the episode's reward is {episode.reward!r}, the store's {self.header.reward!r}: use Episode.rescored")
+            raise ValueError(f"the episode has {episode.reward!r}, the store {self.header.reward!r}: use Episode.rescored")
         try:
             if self._shard is None:
                 self._shard = self._open_shard()
@@ -141,39 +141,19 @@ class TrajectoryWriter:
             self._lock = None
 
     def _failed(self, error: OSError) -> OSError:
-        advice = f"the {self.recorded} episodes recorded so far are kept: make room, then run `mango data salvage {self.paths.root}`"
-        return explained(error, f"cannot write trajectories to {self.paths.root}", advice)
-
-
-class WriterLock:
-    """Says that a writer is alive. The kernel lets go of it when the process ends, however that happens."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = path.open("x", encoding="utf-8")
-        except OSError as error:
-            raise explained(error, f"cannot write below {path.parent}", "choose a folder that can be written") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:                                      # a file system without locks: the process id has to do
-            pass
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        self._file.flush()
-
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._file.close()
+        root = self.paths.root
+        advice = f"the {self.recorded} episodes recorded so far are kept: make room, then run `mango data salvage {root}`"
+        return explained(error, f"cannot write trajectories to {root}", advice)
 
 
 def _claim(paths: Paths, header: Header) -> None:
     """Give a new store its header, so that the next writer can compare; refuse a store of another kind."""
     try:
-        with paths.index_lock():
+        with locked(paths.index_lock):
             if paths.metadata.exists():
                 Header.from_dict(read_json(paths.metadata).get("mango", {}), paths.metadata).must_match(header, paths.root)
             else:
-                _write_index(paths, header, [])
+                write_index(paths, header, [])
     except OSError as error:
         raise explained(error, f"cannot write to {paths.data}", "choose a folder that can be written") from error
 
@@ -187,17 +167,18 @@ def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
     Raises ValueError naming a shard that cannot be read or belongs to another kind of store.
     """
     paths = Paths.of(root)
-    with paths.index_lock():
+    with locked(paths.index_lock):
         header = Header.from_dict(read_json(paths.metadata).get("mango", {}), paths.metadata)
         entries: list[Entry] = []
         for shard in sorted(paths.shards.glob(f"*{SUFFIX}")):
             found, episodes = read_entries(shard)
             header.must_match(found, shard)
             entries += episodes
-        return _write_index(paths, header, sorted(entries))
+        return write_index(paths, header, sorted(entries))
 
 
-def _write_index(paths: Paths, header: Header, entries: Sequence[Entry]) -> dict[str, Any]:
+def write_index(paths: Paths, header: Header, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Replace index and metadata; the caller holds the index lock."""
     temporary = aside(paths.index)
     with h5py.File(temporary, "w") as file:
         for i, entry in enumerate(entries):
@@ -229,15 +210,13 @@ def metadata(header: Header, entries: Sequence[Entry], name: str, megabytes: flo
         "minari_version": MINARI_VERSION,
         "dataset_size": megabytes,
         "algorithm_name": header.policy,
-        "description": f"Compression decisions per layer while training {header.task}, made by {header.policy}; one episode per run and layer.",
+        "description": f"Compression of optimizer state while training {header.task}, one episode per run and layer.",
         "mango": {**header.to_dict(), "runs": len({entry.run_id for entry in entries}), "digest": digest(entries)},
     }
 
 
 def digest(entries: Sequence[Entry]) -> str:
     """Hash of a set of episodes: the same for the same episodes, however they are split into files."""
-    import hashlib
-
     return hashlib.blake2b("".join(sorted(entry.digest for entry in entries)).encode(), digest_size=16).hexdigest()
 
 
@@ -252,5 +231,3 @@ def read_metadata(root: str | os.PathLike[str]) -> dict[str, Any]:
     Header.from_dict(found.get("mango", {}), paths.metadata)
     return found
 
-
-__all__ = ["METADATA_FILE", "TrajectoryWriter", "WriterLock", "digest", "finalize", "metadata", "read_metadata"]

@@ -53,8 +53,9 @@ class TwinIdentity:
     horizon: int
     lr: float
     rule: str
-    kwargs_json: str
+    options_json: str                                        # of the two below
     kwargs: Mapping[str, Any] = field(compare=False, repr=False)
+    hyper: Mapping[str, Any] = field(compare=False, repr=False)
 
     def digest(self) -> str | None:
         """Names the file of the twin; None where the workload cannot be told apart by its source."""
@@ -67,7 +68,7 @@ class TwinIdentity:
             "horizon": self.horizon,
             "lr": self.lr,
             "rule": self.rule,
-            "kwargs": self.kwargs_json,
+            "options": self.options_json,
             "data": os.environ.get("MANGO_DATA", ""),
             "mango": _version(),
             "torch": torch.__version__,
@@ -77,15 +78,16 @@ class TwinIdentity:
 
 def twin_of(run: TrainingRun) -> Twin:
     """The twin of a run, from memory, from disk, or trained now. Never raises for what the twin's training does."""
-    kwargs = run.workload_kwargs
+    kwargs, hyper = run.workload_kwargs, run.hyper
     identity = TwinIdentity(
         workload=run.spec,
         seed=run.seed,
         horizon=run.horizon,
         lr=run.lr,
         rule=run.rule,
-        kwargs_json=json.dumps(kwargs, sort_keys=True, default=repr),
+        options_json=json.dumps([kwargs, hyper], sort_keys=True, default=repr),
         kwargs=kwargs,
+        hyper=hyper,
     )
     return _remembered(identity, os.environ.get("MANGO_CACHE"))
 
@@ -132,6 +134,7 @@ def train_twin(identity: TwinIdentity) -> Twin:
         rule=identity.rule,
         policy=CompressionConfig(),
         workload_kwargs=identity.kwargs,
+        optimizer_options=identity.hyper,
     )
     losses: list[float] = []
     error: str | None = None

@@ -184,7 +184,7 @@ def test_c14_a_shipped_name_is_found_and_an_unknown_one_lists_what_there_is(
     for name in shipped_policies():
         assert load_policy(name).act(observations(3)).shape == (3, len(KNOBS))
     monkeypatch.setattr(policy_file, "policy_dir", lambda: tmp_path)
-    with pytest.raises(ValueError, match="unknown policy 'universal'.*shipped policies are: none yet"):
+    with pytest.raises(ValueError, match=r"unknown policy 'universal'.*shipped policies are: none yet"):
         load_policy("universal")
     for name in ("demo", "small"):
         freeze(opinionated(), tmp_path / name, card=CARD)
@@ -276,13 +276,15 @@ def test_one_flipped_byte_is_refused_or_harmless(tmp_path: Path, position: float
     at = int(2 * position * header) if position < 0.5 else header + int((2 * position - 1) * (len(whole) - header))
     whole[at] ^= flip
     (tmp_path / "flipped.safetensors").write_bytes(whole)
+    policy, refusal = None, ""
     try:
         policy = load_policy(tmp_path / "flipped.safetensors")
     except ValueError as error:
-        assert "\n" not in str(error)
-    else:
+        refusal = str(error)
+    assert "\n" not in refusal
+    if policy is not None:
         assert at < header
-        assert torch.equal(policy.network.rung_head.weight, load_policy(path).network.rung_head.weight)
+        assert torch.equal(policy.scores(observations(3)), load_policy(path).scores(observations(3)))
 
 
 class Planted:
@@ -315,7 +317,7 @@ def plant(kind: str, path: Path, mark: Path) -> None:
 def test_malicious_files_are_refused_and_never_run(tmp_path: Path, kind: str, name: str) -> None:
     mark, path = tmp_path / "executed", tmp_path / name
     plant(kind, path, mark)
-    with pytest.raises(ValueError, match="trust_pickle=True|corrupt or not a safetensors file") as caught:
+    with pytest.raises(ValueError, match=r"trust_pickle=True|corrupt or not a safetensors file") as caught:
         load_policy(path)
     assert not mark.exists()
     if kind != "0":                                      # protocol 0 is text without a mark of its own

@@ -64,9 +64,9 @@ def demo(
 @app.command()
 @guarded
 def evaluate(
-    policy: Annotated[list[str], typer.Option(help="adamw, fixed:RUNG, fixed:all, a heuristic, a shipped name or a path; repeatable")],
+    policy: Annotated[list[str], typer.Option(help="adamw, fixed:RUNG, fixed (every rung), a heuristic, a name, a path")],
     workload: Annotated[list[str], typer.Option(help="a name or module:function; repeatable")],
-    budgets: Annotated[str, typer.Option(help="comma-separated: fractions of AdamW's state, sizes such as 64KiB, bytes")] = "0.25",
+    budgets: Annotated[str, typer.Option(help="comma-separated: fractions of AdamW's state, 64KiB, bytes")] = "0.25",
     seeds: Annotated[int, typer.Option(help="runs per policy, workload and budget")] = 3,
     seed: SeedOption = 0,
     steps: StepsOption = None,
@@ -77,16 +77,15 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Train under budgets with each policy, beside torch.optim.AdamW on the same seeds."""
-    from mango.config import LADDER
     from mango_env.run import RUN_RULES
+    from train_policy.collect import behaviours
     from train_policy.evaluate import EvaluationArgs
     from train_policy.evaluate import evaluate as measure
 
     if rule not in RUN_RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RUN_RULES)}")
     specs = [spec for given in policy for spec in given.split(",") if spec]
-    rungs = [f"fixed:{name}" for name in LADDER.names]
-    specs = list(dict.fromkeys(one for spec in specs for one in (rungs if spec == "fixed:all" else [spec])))
+    specs = list(dict.fromkeys(behaviours(specs)))
     args = EvaluationArgs(horizon=steps, interval=interval, lr=lr)
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     rows = measure(specs, workload, sizes, draws, args, workers=workers, progress=err_console.is_terminal)
@@ -107,14 +106,15 @@ def judge(rows: list[Any]) -> None:
 def print_evaluation(rows: list[Any]) -> None:
     from train_policy.evaluate import summary
 
-    columns = ("policy", "workload", "budget", "bytes", "peak", "val loss", "gap to AdamW %", "95 % interval", "step time", "note")
+    columns = ("policy", "workload", "budget", "bytes", "peak", "val loss", "gap %", "95 % interval", "step time", "note")
     body = []
     for row in summary(rows):
         interval = "" if row.gap_low is None else f"{row.gap_low:+.2f} .. {row.gap_high:+.2f}"
         note = f"{row.failed} failed" if row.failed else "" if row.within_budget else "over budget"
         body.append((row.policy, row.workload, row.budget, row.budget_bytes, row.state_bytes_peak, row.val_loss,
                      row.gap, interval, row.step_time_ratio, note))  # fmt: skip
-    print_table("Held-out loss under a byte budget (mean over seeds)", columns, body)
+    caption = "gap: held-out loss above AdamW's; step time: over AdamW's"
+    print_table("Held-out loss under a byte budget (mean over seeds)", columns, body, caption)
 
 
 @app.command()
@@ -123,7 +123,7 @@ def freeze(
     source: Annotated[Path, typer.Option("--from", help="a checkpoint of mango train, an SB3 .zip or a d3rlpy .d3")],
     out: Annotated[Path, typer.Option(help="the frozen policy, NAME.safetensors; its card NAME.json lies beside it")],
     evaluation: Annotated[Path | None, typer.Option(help="JSON of mango evaluate; its summary goes into the card")] = None,
-    data: Annotated[Path | None, typer.Option(help="the trajectory store that it was trained on; its digest goes into the card")] = None,
+    data: Annotated[Path | None, typer.Option(help="the store that it was trained on; its digest goes into the card")] = None,
     description: Annotated[str, typer.Option(help="one line for the card")] = "",
     licence: Annotated[str, typer.Option(help="licence of the policy")] = "MIT",
     trust_pickle: Annotated[bool, typer.Option(help="load a .zip or .d3 although it runs code of its author")] = False,
@@ -179,7 +179,7 @@ def print_inspection(found: dict[str, Any]) -> None:
 @guarded
 def run(
     mode: Annotated[str, typer.Argument(help="single, comparative or ablation")],
-    optimizer: Annotated[str, typer.Option(help="of a single study: adam, adamw, sgd, mango_learned, mango_adaptive, ...")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="of a single study: adamw, sgd, mango_learned, ...")] = "adamw",
     workload: Annotated[str, typer.Option(help="a name or module:function")] = "digits_mlp",
     policy: Annotated[str, typer.Option(help="the frozen policy of mango_learned")] = "demo",
     budget: Annotated[str, typer.Option(help="of MANGO: a fraction of AdamW's state, a size, or bytes")] = "0.25",

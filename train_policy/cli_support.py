@@ -20,7 +20,7 @@ DEBUG_FLAG = "MANGO_DEBUG"
 console = Console()
 err_console = Console(stderr=True)
 
-JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON to this file; - is stdout, without tables")]
+JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON to this file; -: to stdout, no tables")]
 SeedOption = Annotated[int, typer.Option("--seed", help="everything random follows from it")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimizer steps of a run; default: the workload's own")]
 

@@ -44,7 +44,9 @@ def progress_line(description: str, total: float, enabled: bool) -> Iterator[Adv
         task = bars.add_task(description, total=total, status="")
 
         def advance(steps: float = 1, *, status: str = "") -> None:
-            bars.update(task, advance=steps, **({"status": status} if status else {}))
+            bars.update(task, advance=steps)
+            if status:
+                bars.update(task, status=status)
 
         yield advance
 

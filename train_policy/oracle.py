@@ -20,7 +20,7 @@ class OraclePolicy:
     """Scores (L, R): the reward that the run earned on a fork where one layer had one rung and the others kept theirs.
 
     `window`: decisions that a trial lasts. The scores add up to first order, so the optimizer's knapsack over them picks
-    the allocation of greatest measured reward under the budget. Costs L * (R - 1) + 1 trials per decision.
+    the allocation of greatest measured reward under the budget. Costs at most L * (R - 1) + 1 trials per decision.
     Used through `decide(run)`, as `mango_env.record_run` does.
     """
 
@@ -43,17 +43,19 @@ class OraclePolicy:
             self._fork, self._of = run.fork(), run
             self._fork.optimizer.budget.total = UNBOUNDED
         twin = twin_of(run) if self.reward.loss == "twin" else None
-        return torch.from_numpy(self._measure(self._fork, run.snapshot(), twin))
+        return torch.from_numpy(self._measure(self._fork, run.snapshot(), twin, affordable(run)))
 
-    def _measure(self, fork: TrainingRun, start: Snapshot, twin: Twin | None) -> NDArray[np.float64]:
+    def _measure(
+        self, fork: TrainingRun, start: Snapshot, twin: Twin | None, allowed: NDArray[np.bool_]
+    ) -> NDArray[np.float64]:
         ladder = fork.optimizer.ladder
         fork.restore(start)
         held = list(fork.optimizer.applied)
         unchanged = self._trial(fork, twin)
-        scores = np.full((len(held), len(ladder)), unchanged)
+        scores = np.where(allowed, unchanged, -np.inf)
         for layer, config in enumerate(held):
             for rung, other in enumerate(ladder):
-                if other != config:
+                if other != config and allowed[layer, rung]:
                     fork.restore(start)
                     fork.apply([*held[:layer], other, *held[layer + 1 :]])
                     scores[layer, rung] = self._trial(fork, twin)
@@ -67,3 +69,11 @@ class OraclePolicy:
                 break
             total += score(self.reward, fork.advance(), twin).reward
         return total
+
+
+def affordable(run: TrainingRun) -> NDArray[np.bool_]:
+    """(L, R): whether a layer could have a rung at all, with every other layer at its cheapest."""
+    nbytes = run.optimizer.allocator.rung_bytes.numpy()
+    least = nbytes.min(1)
+    allowed: NDArray[np.bool_] = nbytes + (least.sum() - least)[:, None] <= run.optimizer.budget.available
+    return allowed

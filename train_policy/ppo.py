@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecEnv
 
+    from train_policy.sb3_modules import AnchoredPolicy
+
 _LOGGED = ("approx_kl", "entropy_loss", "value_loss", "policy_gradient_loss", "explained_variance", "clip_fraction")
 
 
@@ -114,11 +116,19 @@ def build(network: PolicyNetwork, env: "VecEnv", args: PpoArgs) -> "PPO":
             device="cpu",
             seed=None,
         )
-    to_sb3(network, ppo.policy, args.head)
+    policy = policy_in(ppo)
+    to_sb3(network, policy, args.head)
     if anchored:
         reference = clone(network).eval().requires_grad_(False)
-        ppo.policy.anchor(reference, args.head, kl_weight=args.kl_anchor, entropy_weight=args.ent_coef)
+        policy.anchor(reference, args.head, kl_weight=args.kl_anchor, entropy_weight=args.ent_coef)
     return ppo
+
+
+def policy_in(ppo: "PPO") -> "AnchoredPolicy":
+    """The policy of a PPO that `build` made."""
+    policy: Any = ppo.policy
+    found: AnchoredPolicy = policy
+    return found
 
 
 def train(
@@ -134,7 +144,7 @@ def train(
     card = {"stage": "ppo", "args": asdict(args)}
 
     def save() -> None:
-        save_checkpoint(from_sb3(ppo.policy, network).network, checkpoint, head=args.head, card=card)
+        save_checkpoint(from_sb3(policy_in(ppo), network).network, checkpoint, head=args.head, card=card)
 
     with progress_line("PPO", args.total_timesteps, progress) as advance, borrowed_rng(args.seed):
         env.seed(args.seed)
@@ -145,7 +155,7 @@ def train(
             save()
             raise TrainingInterrupted("PPO", checkpoint, f"{ppo.num_timesteps} timesteps") from interrupt
     save()
-    return PpoResult(from_sb3(ppo.policy, network).network, args.head, ppo.num_timesteps, tuple(curves))
+    return PpoResult(from_sb3(policy_in(ppo), network).network, args.head, ppo.num_timesteps, tuple(curves))
 
 
 def rollout_shape(rollout: int, batch_size: int, slots: int) -> tuple[int, int]:
@@ -178,7 +188,7 @@ def _callback(args: PpoArgs, advance: Advance, save: Callable[[], None]) -> tupl
         def _on_rollout_start(self) -> None:
             self.close_row()
             warming = self.num_timesteps < min(args.critic_warmup, args.total_timesteps)
-            policy = self.model.policy
+            policy: Any = self.model.policy
             for module in (policy.pi_features_extractor, policy.action_net):
                 module.requires_grad_(not warming)
             self.model.lr_schedule = FloatSchedule(args.critic_learning_rate if warming else args.learning_rate)
@@ -187,8 +197,8 @@ def _callback(args: PpoArgs, advance: Advance, save: Callable[[], None]) -> tupl
             return True
 
         def _on_rollout_end(self) -> None:
-            buffer = self.model.rollout_buffer
-            reward = float(np.mean(buffer.rewards))
+            model: Any = self.model
+            reward = float(np.mean(model.rollout_buffer.rewards))
             curves.append({"timesteps": float(self.num_timesteps), "reward": reward})
             advance(self.num_timesteps - self.seen, status=f"reward {reward:+.4f}")
             self.seen = self.num_timesteps

@@ -18,7 +18,8 @@ import torch
 
 from mango.config import LADDER, CompressionConfig
 from mango_env.run import DEFAULT_LR, TrainingRun
-from mango_env.workloads import Workload, make_workload
+from mango_env.workloads import Workload, make_workload, workload_name
+from mango_env.workloads.base import WorkloadBuilder
 from train_policy.seeding import borrowed_rng
 
 MODES = ("single", "comparative", "ablation")
@@ -47,7 +48,7 @@ class Args:
 
     mode: str = "single"                                 # see MODES
     optimizer: str = "adamw"                             # the method of a single study, see `methods`
-    workload: str = "digits_mlp"                         # a name of WORKLOADS or module:function
+    workload: str | WorkloadBuilder = "digits_mlp"       # a name of WORKLOADS, module:function or a callable f(seed)
     policy: str = "demo"                                 # the frozen policy of mango_learned: a shipped name or a path
     budget: float | str = 0.25                           # of MANGO: a fraction of AdamW's state bytes, a size, or bytes
     steps: int | None = None                             # optimizer steps; None: the workload's own
@@ -161,7 +162,7 @@ def horizon(args: Args, seed: int) -> int | None:
     workload = make_workload(args.workload, seed, **workload_options(args))
     per_epoch = getattr(workload, "steps_per_epoch", None)
     if per_epoch is None:
-        raise ValueError(f"workload {args.workload!r} has no epochs (no steps_per_epoch); give steps instead")
+        raise ValueError(f"workload {workload_name(args.workload)!r} has no epochs (no steps_per_epoch); give steps instead")
     return max(1, round(args.epochs * int(per_epoch)))
 
 
@@ -172,11 +173,11 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
     if not losses or not math.isfinite(measured["val_loss"]):
-        raise RuntimeError(f"{method.name} diverged on {args.workload} with seed {seed} after {len(losses)} steps")
+        raise RuntimeError(f"{method.name} diverged on {workload_name(args.workload)} with seed {seed} after {len(losses)} steps")
     reached = None if args.target is None else next((i + 1 for i, loss in enumerate(losses) if loss <= args.target), None)
     return {
         "policy": method.name,
-        "workload": args.workload,
+        "workload": workload_name(args.workload),
         "seed": seed,
         **measured,
         "steps": len(losses),
@@ -265,7 +266,7 @@ def study(args: Args, report: Report = print) -> tuple[list[Row], list[Row]]:
                 rows.append({**run_method(args, method, seed), "what": method.what})
             except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
                 reason = " ".join(str(error).split())
-                failures.append({"policy": method.name, "workload": args.workload, "seed": seed, "error": reason})
+                failures.append({"policy": method.name, "workload": workload_name(args.workload), "seed": seed, "error": reason})
                 report(f"{method.name}, seed {seed}: failed: {reason}")
                 continue
             loss, state = rows[-1]["val_loss"], rows[-1]["state_bytes_peak"]
@@ -299,7 +300,7 @@ def run_study(args: Args, folder: Path, report: Report = print) -> tuple[Path, l
 
     rows, failures = study(args, report)
     path = folder / "study.json"
-    facts = {"kind": "study", "about": about(), "args": asdict(args)}
+    facts = {"kind": "study", "about": about(), "args": {**asdict(args), "workload": workload_name(args.workload)}}
     write_json(path, {**facts, "failures": failures, "summary": summary(rows), "rows": rows})
     write_csv(folder / "study.csv", rows)
     return path, rows, failures

@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from torch import Tensor
+from torch import Tensor, nn
 
 from mango.networks import FactoredCategorical, PolicyNetwork
 
@@ -35,6 +35,10 @@ class AnchoredPolicy(ActorCriticPolicy):
     its training loop. Without a reference it is SB3's own policy. The reference is not part of a saved zip.
     """
 
+    pi_features_extractor: TrunkExtractor
+    vf_features_extractor: TrunkExtractor
+    action_net: nn.Linear
+    value_net: nn.Linear
     entropy_weight: float = 0.0
     kl_weight: float = 0.0
     reference: PolicyNetwork | None = None

@@ -14,7 +14,7 @@ import torch
 from mango.networks import PolicyNetwork
 
 if TYPE_CHECKING:
-    from stable_baselines3.common.policies import ActorCriticPolicy
+    from train_policy.sb3_modules import AnchoredPolicy
 
 HEADS = ("rung", "knobs")
 
@@ -57,7 +57,7 @@ def sb3_policy_kwargs(network: PolicyNetwork) -> dict[str, Any]:
     }
 
 
-def to_sb3(network: PolicyNetwork, policy: "ActorCriticPolicy", head: str = "rung") -> None:
+def to_sb3(network: PolicyNetwork, policy: "AnchoredPolicy", head: str = "rung") -> None:
     """Copy trunk, one head and the value head into an SB3 policy built with `sb3_policy_kwargs(network)`."""
     source = network.rung_head if check_head(head) == "rung" else network.knob_head
     outputs = policy.action_net.weight.shape[0]
@@ -72,7 +72,7 @@ def to_sb3(network: PolicyNetwork, policy: "ActorCriticPolicy", head: str = "run
     policy.value_net.load_state_dict(network.value_head.state_dict())
 
 
-def from_sb3(policy: "ActorCriticPolicy", base: PolicyNetwork | None = None) -> Converted:
+def from_sb3(policy: "AnchoredPolicy", base: PolicyNetwork | None = None) -> Converted:
     """A network with the SB3 actor's trunk and head; the other heads come from `base` or stay as initialised.
 
     The trunk moved with the head that was trained, so the other head is stale: freeze the head that is returned.
@@ -117,7 +117,7 @@ def _from_zip(file: Path) -> Converted:
         raise ValueError(f"{file} is not a zip file; it is truncated or was not written by Stable-Baselines3")
     from train_policy.ppo import import_sb3
 
-    policy = import_sb3().PPO.load(file, device="cpu").policy
+    policy: Any = import_sb3().PPO.load(file, device="cpu").policy
     return from_sb3(policy)
 
 

@@ -41,6 +41,11 @@ class Classification:
         self._data = data
         self._batches = Batches(len(data.train_y), batch, self._generator)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every training image once; an incomplete last batch is dropped."""
+        return len(self._data.train_y) // self.batch
+
     def loss(self) -> Tensor:
         index = self._batches.next()                                           # (B,)
         pixels = self._data.train_x[index]                                     # (B, C, H, W) uint8

@@ -1,6 +1,7 @@
 """Where data comes from and how it is held: files of `$MANGO_DATA`, the cache folder, batches in a random order."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -134,11 +135,12 @@ def data_file(name: str, workload: str, source: str) -> Path:
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Named arrays of an `.npz`, without pickle; `ValueError` for a damaged or foreign file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves the file open where it is no zip archive.
+        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as file:
             missing = sorted(set(names) - set(file.files))
             if not missing:
                 return {name: file[name] for name in names}
-    except (BadZipFile, EOFError, ValueError) as error:
+    except (BadZipFile, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is no .npz file of plain arrays ({error}); get it anew") from error
     raise ValueError(f"{path} has no arrays {', '.join(missing)}; expected {', '.join(names)}")
 

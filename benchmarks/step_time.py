@@ -1,0 +1,129 @@
+"""Time of one optimizer step against torch's AdamW, side by side in one run.
+
+    python benchmarks/step_time.py --out benchmarks/results/step_time.json
+
+Two sets of tensors: the shapes of a 10 M-parameter transformer, and 60 small tensors. All optimizers live in one process
+and take turns; each turn's order is reversed every other round; ratios are medians over rounds of one round's times.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.record import stamp, write
+from mango import MANGO, CompressionConfig
+
+
+@dataclass(frozen=True)
+class Args:
+    rounds: int = 7                                     # turns of every optimizer on every set
+    steps: int = 3                                      # steps per turn
+    threads: int = 1                                    # torch threads
+    seed: int = 0                                       # of parameters and gradients
+    device: str = "cpu"                                 # "cpu" or "cuda"
+    out: Path = Path("benchmarks/results/step_time.json")
+
+
+def transformer_shapes(width: int = 512, depth: int = 3, vocabulary: int = 1024) -> list[tuple[int, ...]]:
+    """Tensors of a GPT: 10.6 M parameters by default."""
+    block: list[tuple[int, ...]] = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    block += [(3 * width,), (width,), (4 * width,), (width,), (width,), (width,), (width,), (width,)]
+    return [(vocabulary, width), *(block * depth), (width,), (width,), (vocabulary, width)]
+
+
+def small_shapes() -> list[tuple[int, ...]]:
+    """60 tensors of 32 to 4,096 entries."""
+    return [(64, 64), (64,), (32, 32), (32,)] * 15
+
+
+def optimizers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
+    """What takes turns. Fixed configs, so that deciding plays no part."""
+
+    def mango(momentum: int, variance: int) -> Callable[[list[Tensor]], Optimizer]:
+        config = CompressionConfig(momentum_bits=momentum, variance_bits=variance)
+        return lambda params: MANGO(params, policy=config, policy_update_freq=10**9)
+
+    return {
+        "adamw_fused": lambda params: AdamW(params, fused=True),
+        "adamw_foreach": lambda params: AdamW(params, foreach=True),
+        "mango_full": mango(32, 32),
+        "mango_8_8": mango(8, 8),
+        "mango_4_4": mango(4, 4),
+        "mango_4_factored": mango(4, 0),
+    }
+
+
+def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, float]]:
+    """Milliseconds per step, first step, ratios to fused and foreach AdamW, and state bytes per parameter, by optimizer."""
+    generator = torch.Generator().manual_seed(args.seed)
+    gradients = [(torch.randn(s, generator=generator) * 1e-3).to(args.device) for s in shapes]
+    alive: dict[str, Optimizer] = {}
+    first: dict[str, float] = {}
+    bpp: dict[str, float] = {}
+    for name, build in optimizers().items():
+        params = [torch.zeros(s, device=args.device, requires_grad=True) for s in shapes]
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient.clone()
+        alive[name] = build(params)
+        first[name] = timed(alive[name], 1, args.device)
+        numel = sum(p.numel() for p in params)
+        optimizer = alive[name]
+        bpp[name] = (optimizer.state_bytes() if isinstance(optimizer, MANGO) else 8 * numel) / numel
+    rounds: dict[str, list[float]] = {name: [] for name in alive}
+    for number in range(args.rounds):
+        for name in list(alive)[:: -1 if number % 2 else 1]:
+            rounds[name].append(timed(alive[name], args.steps, args.device))
+    return {
+        name: {
+            "ms": 1e3 * median(times),
+            "ms_min": 1e3 * min(times),
+            "ms_max": 1e3 * max(times),
+            "first_ms": 1e3 * first[name],
+            "ratio_fused": median(a / b for a, b in zip(times, rounds["adamw_fused"], strict=True)),
+            "ratio_foreach": median(a / b for a, b in zip(times, rounds["adamw_foreach"], strict=True)),
+            "state_bytes_per_param": bpp[name],
+        }
+        for name, times in rounds.items()
+    }
+
+
+def timed(optimizer: Optimizer, steps: int, device: str) -> float:
+    """Seconds per step."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def train(args: Args) -> Path:
+    torch.set_num_threads(args.threads)
+    sets = {"transformer_10M": transformer_shapes(), "small_60": small_shapes()}
+    results = {name: measure(shapes, args) for name, shapes in sets.items()}
+    for name, rows in results.items():
+        print(f"\n{name:18s} {'ms':>8s} {'x fused':>8s} {'x foreach':>9s} {'first ms':>9s} {'B/param':>8s}")
+        for optimizer, row in rows.items():
+            print(f"{optimizer:18s} {row['ms']:8.2f} {row['ratio_fused']:8.2f} {row['ratio_foreach']:9.2f}"
+                  f" {row['first_ms']:9.1f} {row['state_bytes_per_param']:8.3f}")  # fmt: skip
+    return write(args.out, stamp(args) | {"results": results})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Args):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    train(Args(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Fill the README's table of measured results from files that programs wrote.
+
+    python -m experiments.readme_table [--demo demo.json] [--results benchmarks/results] [--check]
+
+Reads the demo's rows and every `benchmarks/results/*.json`, and writes what stands between the two markers in README.md.
+`--check` changes nothing and fails where the README differs.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=ROOT / "benchmarks" / "results" / "demo.json", help="JSON of mango demo")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the benchmarks' JSON")
+    parser.add_argument("--check", action="store_true", help="fail where the README is not what it would be")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before, "\n".join([*demo_lines(args.demo), *benchmark_lines(args.results)]))
+    if args.check:
+        return 0 if before == after else fail("README.md is not up to date: run python -m experiments.readme_table")
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 1
+
+
+def filled(text: str, table: str) -> str:
+    """The text with the table between its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the README needs {BEGIN} and {END} once each")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def demo_lines(path: Path) -> Iterator[str]:
+    """The demo's summary: one line per policy, workload and budget."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    yield from provenance(content["about"])
+    yield ""
+    yield "| workload | budget | policy | bytes held | held-out loss | gap to AdamW | 95 % interval |"
+    yield "|---|---|---|---:|---:|---:|---|"
+    for row in content["summary"]:
+        if row["val_loss"] is None:
+            yield f"| {row['workload']} | {budget(row)} | {row['policy']} | does not fit | | | |"
+            continue
+        interval = "" if row["gap_low"] is None else f"{row['gap_low']:+.1f} .. {row['gap_high']:+.1f} %"
+        yield (
+            f"| {row['workload']} | {budget(row)} | {row['policy']} | {row['state_bytes_peak']:,} | {row['val_loss']:.4f} "
+            f"| {row['gap']:+.1f} % | {interval} |"
+        )
+    yield ""
+    yield from (f"- {line}" for line in content.get("verdicts", []))
+    yield ""
+
+
+def budget(row: dict[str, Any]) -> str:
+    return "none" if row["policy"] == "adamw" else f"{row['budget']} ({row['budget_bytes']:,} B)"
+
+
+def benchmark_lines(folder: Path) -> Iterator[str]:
+    """Every benchmark's own summary lines: `{"name", "about", "table": [{column: value}]}`."""
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content.get("table") if isinstance(content, dict) else None
+        if not rows:
+            continue
+        columns = list(rows[0])
+        yield f"**{content.get('name', path.stem)}** ({', '.join(provenance(content.get('about', {})))})"
+        yield ""
+        yield "| " + " | ".join(columns) + " |"
+        yield "|" + "---|" * len(columns)
+        for row in rows:
+            yield "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(c) for c in columns)) + " |"
+        yield ""
+
+
+def provenance(about: dict[str, Any]) -> Iterator[str]:
+    """One line: command, hardware, commit, date."""
+    hardware = about.get("hardware", {})
+    machine = ", ".join(str(part) for part in (hardware.get("cpu"), hardware.get("gpu")) if part)
+    commit = (about.get("commit") or "unknown")[:10]
+    where = f"{machine}, {hardware.get('cores', '?')} cores"
+    yield f"`{about.get('command', '?')}`, {where}, commit {commit}, {about.get('date', '')[:10]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

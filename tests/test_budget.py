@@ -1,0 +1,152 @@
+"""The byte budget: how it is said, the knapsack, and what is impossible."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mango import MANGO
+from mango.allocation import Allocator, released
+from mango.budget import FREE_SHARE, MemoryBudget, free_memory, parse_budget
+from mango.config import FULL, LADDER, NVEC, CompressionConfig
+from mango.layers import describe
+from mango.state import StorageOptions, predicted_bytes
+
+quick = settings(max_examples=80, deadline=None)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [(123, 123), ("64KiB", 65536), ("6GiB", 6 * 2**30), ("1.5 MB", 1_500_000), (" 10b ", 10), (0.25, 250), (1.0, 1000),
+     (np.int64(99), 99), (np.float32(0.5), 500)],
+)  # fmt: skip
+def test_a16_a_budget_is_bytes_a_size_or_a_fraction_of_adamw(said: int | float | str, meant: int) -> None:
+    assert parse_budget(said, adamw_bytes=1000) == meant
+
+
+@pytest.mark.parametrize("bad", ["6 parsecs", "GiB", "-1MB", "", 0, -5, 0.0, -0.5, float("nan"), float("inf"), True, "64"])
+def test_a16_an_unreadable_budget_says_what_is_allowed(bad: int | float | str) -> None:
+    with pytest.raises(ValueError, match=r"memory_budget=.*give bytes \(int\), a size"):
+        parse_budget(bad, adamw_bytes=1000)
+
+
+def test_a17_without_a_budget_it_is_the_documented_share_of_free_memory() -> None:
+    optimizer = MANGO([torch.nn.Parameter(torch.zeros(64, 64))])
+    free = free_memory(torch.device("cpu"))
+    assert 0.5 * FREE_SHARE * free < optimizer.memory_budget < 2 * FREE_SHARE * free and FREE_SHARE == 0.5
+    assert free > 1 << 20
+
+
+tables = st.integers(1, 4).flatmap(
+    lambda layers: st.integers(2, 5).flatmap(
+        lambda rungs: st.tuples(
+            st.lists(st.lists(st.integers(-50, 50), min_size=rungs, max_size=rungs), min_size=layers, max_size=layers),
+            st.lists(st.lists(st.integers(1, 99), min_size=rungs, max_size=rungs), min_size=layers, max_size=layers),
+            st.floats(0, 1),
+        )
+    )
+)
+
+
+@given(tables)
+@quick
+def test_c5_the_knapsack_is_within_the_budget_and_one_step_of_the_best(table: tuple[list[list[int]], list[list[int]], float]) -> None:
+    scores, nbytes = np.array(table[0], dtype=np.float64), np.array(table[1], dtype=np.int64)
+    least, most = int(nbytes.min(1).sum()), int(nbytes.max(1).sum())
+    budget = MemoryBudget(least + round(table[2] * (most - least)))
+    layers = np.arange(len(scores))
+    pick = budget.allocate(scores, nbytes)
+    assert nbytes[layers, pick].sum() <= budget.total
+    best = max(
+        sum(scores[layer, choice] for layer, choice in enumerate(choices))
+        for choices in itertools.product(range(scores.shape[1]), repeat=len(scores))
+        if sum(nbytes[layer, choice] for layer, choice in enumerate(choices)) <= budget.total
+    )
+    one_step = (scores.max(1) - scores.min(1)).max()
+    assert best - one_step <= scores[layers, pick].sum() <= best
+    if budget.total >= most:
+        assert (scores[layers, pick] == scores.max(1)).all()
+
+
+def test_c5_bytes_go_where_they_gain_most() -> None:
+    scores, nbytes = np.array([[0.0, 1.0], [0.0, 10.0]]), np.array([[1, 5], [1, 5]])
+    budget = MemoryBudget(8)
+    assert budget.allocate(scores, nbytes).tolist() == [0, 1]
+    assert budget.price == pytest.approx(0.25)                                       # the step that did not fit: 1 / 4 per byte
+
+
+def test_c5_forbidden_rungs_are_never_taken_and_ties_cost_nothing() -> None:
+    scores, nbytes = np.array([[-np.inf, 0.0, 5.0], [3.0, 3.0, 3.0]]), np.array([[1, 4, 9], [2, 1, 7]])
+    assert MemoryBudget(8).allocate(scores, nbytes).tolist() == [1, 1]
+    assert MemoryBudget(99).allocate(scores, nbytes).tolist() == [2, 1]
+    with pytest.raises(ValueError, match="least feasible is 5 bytes"):
+        MemoryBudget(4).allocate(scores, nbytes)
+
+
+def test_no_layers_need_no_bytes() -> None:
+    assert MemoryBudget(1).allocate(np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64)).shape == (0,)
+
+
+def test_a16_an_impossible_budget_names_the_least_feasible_bytes_and_those_suffice() -> None:
+    def build(budget: int) -> MANGO:
+        return MANGO([torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(10))], memory_budget=budget)
+
+    with pytest.raises(ValueError, match=r"memory_budget of 100 bytes is impossible: the least feasible is [\d,]+ bytes") as caught:
+        build(100)
+    least = int(str(caught.value).split("feasible is ")[1].split(" ")[0].replace(",", ""))
+    optimizer = build(least)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state_bytes() == least
+    with pytest.raises(ValueError, match="impossible"):
+        build(least - 1)
+
+
+def test_a16_a_fixed_config_that_does_not_fit_is_refused_with_its_bytes() -> None:
+    with pytest.raises(ValueError, match=r"fixed config 'full' needs [\d,]+ bytes, more than the memory_budget of 20,000"):
+        MANGO([torch.nn.Parameter(torch.ones(64, 64))], memory_budget=20_000, policy=FULL)
+
+
+SHAPES = ((64, 48), (16, 8, 3, 3), (4096,), (2, 1024), (128, 16))
+configs = st.tuples(*(st.integers(0, n - 1) for n in NVEC)).map(CompressionConfig.from_action)
+
+
+@given(wanted=st.lists(configs, min_size=len(SHAPES), max_size=len(SHAPES)), share=st.floats(0, 1), feedback=st.booleans(), release=st.booleans())
+@quick
+def test_c5_random_allocations_are_cut_to_the_budget(wanted: list[CompressionConfig], share: float, feedback: bool, release: bool) -> None:
+    """What fits stays as it was wanted; what does not is given back by whole rungs, and never more than was asked."""
+    layers = describe([f"layer{i}" for i in range(len(SHAPES))], list(SHAPES))
+    options = StorageOptions(error_feedback=feedback, release_gradients=release)
+    ladder = released(LADDER) if release else LADDER
+    least = sum(min(predicted_bytes(shape, rung, options) for rung in ladder) for shape in SHAPES)
+    full = sum(predicted_bytes(shape, FULL, options) for shape in SHAPES)
+    budget = MemoryBudget(least + round(share * (full - least)) + 1000, fixed=1000)
+    allocator = Allocator(layers, ladder, options, budget)
+    applied = allocator.resolve(wanted, [FULL] * len(SHAPES), lambda: torch.zeros(len(SHAPES), 64))
+    asked, got = allocator.nbytes(wanted), allocator.nbytes(applied)
+    assert sum(got) <= budget.available
+    if sum(asked) <= budget.available:
+        assert applied == wanted
+    cheapest = [min(predicted_bytes(shape, rung, options) for rung in ladder) for shape in SHAPES]
+    for new, old, floor, config, want in zip(got, asked, cheapest, applied, wanted, strict=True):
+        assert config == want or (config in ladder.rungs and (new < old or new == floor))
+
+
+def test_budget_kinds_of_bytes_are_all_in_the_prediction() -> None:
+    """Bytes per parameter of a 256 x 256 matrix, by hand: codes, scales per block, factors, projector."""
+    n, shape = 256 * 256, (256, 256)
+
+    def of(**knobs: float) -> int:
+        return predicted_bytes(shape, CompressionConfig.from_dict(knobs), StorageOptions())
+
+    assert of() == 8 * n
+    assert of(momentum_bits=8, variance_bits=8) == n + 2 * n // 128 + n + 4 * n // 256
+    assert of(momentum_bits=4, variance_bits=0) == n // 2 + 2 * n // 64 + 4 * 512
+    assert of(momentum_bits=2, variance_bits=4) == n // 4 + 2 * n // 64 + n // 2 + 4 * n // 128
+    assert of(gradient_bits=4) == 8 * n + n + 2 * n // 128                            # the residual at 8 bits
+    assert of(rank=4, factor_bits_p=16, factor_bits_q=16, variance_bits=32) == 2 * 256 * 4 + 2 * 256 * 4 + 4 * 256 * 4

@@ -1,0 +1,333 @@
+"""Collect trajectories: every workload under every behaviour, budget and seed, recorded as episodes.
+
+A run is named by what it is made of, so a collection that was interrupted goes on where it stopped, and asking for more
+seeds or behaviours later records only what is missing.
+"""
+
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mango.config import KNOBS, LADDER, CompressionConfig
+from mango.policies import Choice, RandomPolicy, ScoringPolicy
+from mango.policy_choice import proposals
+from mango_env.recorder import RunSummary, record_run
+from mango_env.reward import Reward
+from mango_env.run import DEFAULT_INTERVAL, TrainingRun
+from mango_env.store import TrajectoryWriter, finalize
+from mango_env.workloads import workload_name
+from mango_env.workloads.base import WorkloadBuilder
+from train_policy.evaluate import Budget, policy_of, spec_name
+from train_policy.fitting import progress_line
+from train_policy.oracle import OraclePolicy
+
+EXPLORE = 0.3                                            # of a layer's decisions are random under "explore:SPEC"
+FAVOUR = 1e6                                             # score of a rung to be tried: above anything a policy says
+
+
+@dataclass(frozen=True, slots=True)
+class CollectArgs:
+    """What all runs of a collection share."""
+
+    horizon: int | None = None                           # optimizer steps; None: the workload's own
+    interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
+    lr: float | None = None                              # None: the workload's own
+    reward: Reward = Reward()
+    seed: int = 0                                        # of the behaviours; runs have seeds of their own
+
+
+@dataclass(frozen=True, slots=True)
+class CollectSummary:
+    """What a collection did."""
+
+    root: str
+    recorded: int                                        # runs
+    skipped: int                                         # runs that were there before
+    diverged: int
+    episodes: int                                        # recorded now
+    decisions: int                                       # recorded now, summed over episodes
+    seconds: float
+    returns: dict[str, float]                            # mean return of the runs recorded now, by behaviour
+    over_budget: int                                     # runs whose measured state exceeded the budget: must be 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to record."""
+
+    run_id: str
+    workload: str | WorkloadBuilder
+    behaviour: str | Any
+    seed: int
+    budget: Budget
+    args: CollectArgs
+    missing: tuple[int, ...] | None = None               # layers to record; None: all
+
+
+class ExploringPolicy:
+    """Another policy, of whose decisions a share `epsilon` is replaced, per layer, by a rung drawn uniformly.
+
+    It shows what happens around a good policy, which the policy itself never does. `logp` (L,) are the log probabilities
+    of its last proposals, the inner policy taken as deterministic.
+    """
+
+    def __init__(self, inner: Any, epsilon: float = EXPLORE, seed: int = 0, name: str = "explore") -> None:
+        if not 0 < epsilon <= 1:
+            raise ValueError(f"epsilon={epsilon} is not a probability in (0, 1]")
+        self.inner, self.epsilon, self.name = inner, epsilon, name
+        self.generator = torch.Generator().manual_seed(seed)
+        self.logp: NDArray[np.float32] | None = None
+
+    def reset(self) -> None:
+        self.inner.reset()
+
+    def act(self, obs: Tensor) -> Choice:
+        """Rung scores (L, R) where the inner policy scores, else a config per layer."""
+        layers, rungs = len(obs), len(LADDER)
+        explored = torch.rand(layers, generator=self.generator) < self.epsilon
+        drawn = torch.randint(rungs, (layers,), generator=self.generator)
+        if isinstance(self.inner, ScoringPolicy):
+            scores = self.inner.scores(obs).double()
+            usual = scores.argmax(1)
+            scores[explored] = torch.nn.functional.one_hot(drawn[explored], rungs).double() * FAVOUR
+            self._note(torch.where(explored, drawn, usual) == usual)
+            return scores
+        choice = self.inner.act(obs)
+        if choice is None:
+            return None
+        configs = proposals(choice, layers)
+        tried = [LADDER[int(rung)] if at else config for rung, at, config in zip(drawn, explored, configs, strict=True)]
+        self._note(torch.tensor([a == b for a, b in zip(tried, configs, strict=True)]))
+        return tried
+
+    def _note(self, usual: Tensor) -> None:
+        uniform = self.epsilon / len(LADDER)
+        self.logp = np.log(np.where(usual.numpy(), 1 - self.epsilon + uniform, uniform)).astype(np.float32)
+
+
+class RandomKnobsPolicy:
+    """Uniform knob indices per layer, each kept for a geometric number of decisions: data for the knobs head."""
+
+    name = "random-knobs"
+
+    def __init__(self, seed: int = 0, persistence: float = 0.8) -> None:
+        if not 0 <= persistence < 1:
+            raise ValueError(f"persistence={persistence} is not a probability in [0, 1)")
+        self.persistence = persistence
+        self.generator = torch.Generator().manual_seed(seed)
+        self._actions: Tensor | None = None
+
+    def reset(self) -> None:
+        self._actions = None
+
+    def act(self, obs: Tensor) -> list[CompressionConfig]:
+        sizes = [len(menu) for menu in KNOBS.values()]
+        drawn = torch.stack([torch.randint(n, (len(obs),), generator=self.generator) for n in sizes], 1)
+        keep = torch.rand(len(obs), 1, generator=self.generator) < self.persistence
+        self._actions = drawn if self._actions is None else torch.where(keep, self._actions, drawn)
+        return proposals(self._actions, len(obs))
+
+
+def behaviours(specs: str | Any | Sequence[str | Any]) -> list[str | Any]:
+    """Specs with "fixed" spelled out as every rung of the ladder."""
+    listed = list(specs) if isinstance(specs, list | tuple) else [specs]
+    spelled = [f"fixed:{name}" for name in LADDER.names]
+    return [one for spec in listed for one in (spelled if isinstance(spec, str) and spec == "fixed" else [spec])]
+
+
+def behaviour_of(spec: str | Any, args: CollectArgs, run_id: str) -> Any:
+    """A fresh behaviour from a spec: what `evaluate` takes, and "oracle", "random-knobs", "explore:SPEC"."""
+    seed = int(np.random.SeedSequence([args.seed, zlib.crc32(run_id.encode())]).generate_state(1)[0])
+    if not isinstance(spec, str):
+        return spec
+    if spec == "oracle":
+        return OraclePolicy(args.reward)
+    if spec == "random":
+        return RandomPolicy(seed=seed)
+    if spec == "random-knobs":
+        return RandomKnobsPolicy(seed=seed)
+    if spec.startswith("explore:"):
+        return ExploringPolicy(policy_of(spec.removeprefix("explore:"), seed), seed=seed, name=behaviour_name(spec))
+    return policy_of(spec, seed)
+
+
+def behaviour_name(spec: str | Any) -> str:
+    """How episodes call a behaviour."""
+    if isinstance(spec, str) and spec.startswith("explore:"):
+        return f"explore:{spec_name(spec.removeprefix('explore:'))}"
+    return spec_name(spec)
+
+
+def collect(
+    workloads: str | WorkloadBuilder | Sequence[str | WorkloadBuilder],
+    policies: str | Any | Sequence[str | Any],
+    seeds: int | Sequence[int],
+    budgets: Budget | Sequence[Budget],
+    root: str | Path,
+    args: CollectArgs | None = None,
+    *,
+    workers: int = 1,
+    progress: bool = False,
+) -> CollectSummary:
+    """Record every combination into the store at `root` and return what was done.
+
+    `policies`: see `behaviour_of`; "fixed" means every rung. `seeds`: a list, or how many. `workers` > 1 records in that
+    many processes, each with shards of its own. Runs that the store already has are skipped; of a run that was cut
+    short only the missing layers are added. After Ctrl-C every finished episode is in the store.
+
+    Raises ValueError before anything runs for unknown names and impossible budgets.
+    """
+    args = args or CollectArgs()
+    began = time.perf_counter()
+    works = list(workloads) if isinstance(workloads, list | tuple) else [workloads]
+    sizes = list(budgets) if isinstance(budgets, list | tuple) else [budgets]
+    draws = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    asked = [
+        Job(run_id(work, spec, seed, size, args), work, spec, seed, size, args)
+        for seed in draws
+        for work in works
+        for size in sizes
+        for spec in behaviours(policies)
+    ]
+    if not asked:
+        raise ValueError("collect needs at least one workload, policy, seed and budget")
+    _check(asked)
+    _salvage(Path(root))
+    jobs = list(_remaining(asked, Path(root)))
+    label = "+".join(workload_name(work) for work in works)
+    results: list[RunSummary] = []
+    with progress_line("collecting", len(jobs), progress) as advance:
+        run = _record_here if workers <= 1 or len(jobs) < 2 else _record_in_processes
+        for summary in run(jobs, Path(root), label, workers):
+            results.append(summary)
+            advance(1, status=f"{summary.workload} {summary.policy} return {summary.returns:+.3f}")
+    return _summary(Path(root), results, len(asked) - len(jobs), time.perf_counter() - began)
+
+
+def run_id(work: str | WorkloadBuilder, spec: str | Any, seed: int, budget: Budget, args: CollectArgs) -> str:
+    """The name of a run: readable, with a hash of everything that it depends on."""
+    facts = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr, args.seed]
+    digest = hashlib.sha256(json.dumps([*facts, args.reward.to_json()]).encode()).hexdigest()[:8]
+    return f"{facts[0]}-{facts[1]}-s{seed}-b{budget}-{digest}"
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    """Build each behaviour and each (workload, budget) once: mistakes must not surface after an hour."""
+    seen: set[str] = set()
+    for job in jobs:
+        name, place = behaviour_name(job.behaviour), f"{workload_name(job.workload)} {job.budget!r}"
+        if name not in seen:
+            behaviour_of(job.behaviour, job.args, job.run_id)
+        if place not in seen:
+            _start(job)
+        seen |= {name, place}
+
+
+def _start(job: Job) -> TrainingRun:
+    a = job.args
+    return TrainingRun(job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr)
+
+
+def _salvage(root: Path) -> None:
+    """Bring in what an earlier, killed collection left behind."""
+    from mango_env.dataset import salvage
+
+    if (root / "data").is_dir():
+        salvage(root)
+
+
+def _remaining(jobs: Sequence[Job], root: Path) -> Iterator[Job]:
+    """Jobs whose run is not in the store, or of which some layers are missing."""
+    from mango_env.dataset import recorded_layers
+
+    have = recorded_layers(root)
+    for job in jobs:
+        layers, total = have.get(job.run_id, (set(), 0))
+        missing = tuple(sorted(set(range(total)) - layers))
+        if not layers or missing:
+            yield replace(job, missing=missing if layers else None)
+
+
+class _MissingOnly:
+    """A writer that drops the episodes that the store has."""
+
+    def __init__(self, writer: TrajectoryWriter, layers: Sequence[int]) -> None:
+        self.header, self._writer, self._layers = writer.header, writer, set(layers)
+
+    def add(self, episode: Any) -> None:
+        if episode.attributes["layer_index"] in self._layers:
+            self._writer.add(episode)
+
+
+def _record(job: Job, writer: TrajectoryWriter) -> RunSummary:
+    behaviour = behaviour_of(job.behaviour, job.args, job.run_id)
+    target: Any = writer if job.missing is None else _MissingOnly(writer, job.missing)
+    return record_run(
+        _start(job), behaviour, target, job.args.reward, policy_name=behaviour_name(job.behaviour), run_id=job.run_id
+    )
+
+
+def _writer(root: Path, label: str, args: CollectArgs, index: bool = True) -> TrajectoryWriter:
+    return TrajectoryWriter(root, task=label, policy="mixed", reward=args.reward, index=index)
+
+
+def _record_here(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Iterator[RunSummary]:
+    if jobs:
+        with _writer(root, label, jobs[0].args) as writer:
+            for job in jobs:
+                yield _record(job, writer)
+
+
+def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Iterator[RunSummary]:
+    """Small batches of jobs to spawned processes; the index is rebuilt once, whatever happens."""
+    size = max(1, min(8, len(jobs) // (4 * workers)))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting: set[Future[list[RunSummary]]] = {
+            pool.submit(_record_batch, jobs[i : i + size], root, label) for i in range(0, len(jobs), size)
+        }
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield from future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        if (root / "data").is_dir():
+            finalize(root)
+
+
+def _record_batch(jobs: Sequence[Job], root: Path, label: str) -> list[RunSummary]:
+    with _writer(root, label, jobs[0].args, index=False) as writer:
+        return [_record(job, writer) for job in jobs]
+
+
+def _summary(root: Path, results: Sequence[RunSummary], skipped: int, seconds: float) -> CollectSummary:
+    by_policy: dict[str, list[float]] = {}
+    for result in results:
+        by_policy.setdefault(result.policy, []).append(result.returns)
+    return CollectSummary(
+        root=str(root),
+        recorded=len(results),
+        skipped=skipped,
+        diverged=sum(result.diverged for result in results),
+        episodes=sum(result.episodes for result in results),
+        decisions=sum(result.decisions * result.episodes for result in results),
+        seconds=seconds,
+        returns={name: float(np.mean(values)) for name, values in sorted(by_policy.items())},
+        over_budget=sum(result.state_bytes_peak > result.budget_bytes for result in results),
+    )
