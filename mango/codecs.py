@@ -9,6 +9,7 @@ needs the former: its increments are smaller than half a bin and would be lost (
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -194,6 +195,15 @@ NF4_LEVELS: tuple[float, ...] = (                            # quantiles of the 
 )  # fmt: skip
 
 
+@cache
+def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 levels, float32, and for each of 512 even bins of [-1, 1] the level at or below its lower edge, int32."""
+    levels = torch.tensor(NF4_LEVELS)
+    edges = torch.arange(512) / 255.5 - 1
+    base = (torch.bucketize(edges, levels, right=True) - 1).clamp(0, 14)
+    return levels.to(device), base.int().to(device)
+
+
 @register_codec
 @dataclass(frozen=True)
 class NormalFloat4:
@@ -206,17 +216,19 @@ class NormalFloat4:
         blocks = to_blocks(x, self.block)
         scale = blocks.abs().amax(1).bfloat16()
         y = (blocks / safe(scale.float())[:, None]).clamp_(-1.0, 1.0)
-        levels = torch.tensor(NF4_LEVELS, device=x.device)
-        low = (torch.bucketize(y, levels, right=True) - 1).clamp_(max=14)
-        floor = levels[low]
-        fraction = (y - floor) / (levels[low + 1] - floor)
-        codes = (low + _step_up(fraction, generator)).to(torch.uint8)
-        packed = pack(from_blocks(codes, (x.numel(),)), 4)
+        y = from_blocks(y, (x.numel(),))
+        levels, base = _nf4_tables(x.device)
+        low = base.index_select(0, ((y + 1) * 255.5).int())                        # a bin of 1/256 holds one level at most
+        low += y >= levels.index_select(0, low + 1)
+        low.clamp_(max=14)
+        floor = levels.index_select(0, low)
+        fraction = (y - floor) / (levels.index_select(0, low + 1) - floor)
+        packed = pack((low + _step_up(fraction, generator)).to(torch.uint8), 4)
         return Encoded(self.name, tuple(x.shape), {"codes": packed, "scale": scale})
 
     def decode(self, enc: Encoded) -> Tensor:
-        levels = torch.tensor(NF4_LEVELS, device=enc.parts["codes"].device)
-        values = levels[unpack(enc.parts["codes"], 4, math.prod(enc.shape)).int()]
+        levels, _ = _nf4_tables(enc.parts["codes"].device)
+        values = levels.index_select(0, unpack(enc.parts["codes"], 4, math.prod(enc.shape)).int())
         return from_blocks(to_blocks(values, self.block) * enc.parts["scale"].float()[:, None], enc.shape)
 
     def nbytes(self, shape: Shape) -> int:
@@ -291,40 +303,36 @@ class Log4:
     """
 
     name: str = "log4"
-    block: int = 128                                                               # values sharing two bfloat16 scales
+    block: int = 128                                                               # values sharing a float32 and a bfloat16 scale
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Encoded:
         blocks = to_blocks(x, self.block)
-        high = blocks.amax(1)
+        high = blocks.amax(1)                                                      # exact: rounded down it could never grow
         some = blocks > 0
-        low = torch.where(some, blocks, high[:, None]).amin(1)
-        high_scale = high.bfloat16()
-        low_scale = torch.maximum(low, high * 1e-8).bfloat16()
-        levels = self._levels(low_scale, high_scale)                               # (B, 15)
-        y = torch.minimum(torch.maximum(blocks, levels[:, :1]), levels[:, -1:])
-        below = (torch.searchsorted(levels, y, right=True) - 1).clamp_(max=13)
-        floor = levels.gather(1, below)
-        gap = levels.gather(1, below + 1) - floor
-        fraction = (y - floor) / safe(gap)
+        least = torch.where(some, blocks, high[:, None]).amin(1)
+        low = torch.minimum(torch.maximum(least, high * 1e-8).bfloat16(), high.bfloat16())
+        start, step = self._grid(low, high)                                        # levels are start * exp(k * step), k = 0..14
+        y = torch.minimum(torch.maximum(blocks, start), safe(high)[:, None])
+        below = ((y / start).log() / safe(step)).floor_().clamp_(0, 13)
+        floor = start * (below * step).exp()
+        fraction = ((y - floor) / safe(floor * step.expm1())).clamp_(0, 1)
         codes = ((below + _step_up(fraction, generator) + 1) * some).to(torch.uint8)
         packed = pack(from_blocks(codes, (x.numel(),)), 4)
-        return Encoded(self.name, tuple(x.shape), {"codes": packed, "scale_low": low_scale, "scale_high": high_scale})
+        return Encoded(self.name, tuple(x.shape), {"codes": packed, "scale_low": low, "scale_high": high})
 
     @staticmethod
-    def _levels(low: Tensor, high: Tensor) -> Tensor:
-        low, high = safe(low.float()), safe(high.float())
-        position = torch.arange(15, device=low.device) / 14
-        levels = torch.exp(low.log()[:, None] + (high / low).log()[:, None] * position)
-        levels[:, 0], levels[:, -1] = low, high                                    # the ends are exact
-        return levels
+    def _grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest level and the step in log x between levels: (B, 1) each."""
+        start = safe(low.float())[:, None]
+        return start, (safe(high)[:, None] / start).log().clamp_(min=0) / 14
 
     def decode(self, enc: Encoded) -> Tensor:
-        codes = to_blocks(unpack(enc.parts["codes"], 4, math.prod(enc.shape)), self.block).long()
-        levels = self._levels(enc.parts["scale_low"], enc.parts["scale_high"])
-        return from_blocks(levels.gather(1, (codes - 1).clamp_(min=0)) * (codes > 0), enc.shape)
+        codes = to_blocks(unpack(enc.parts["codes"], 4, math.prod(enc.shape)), self.block)
+        start, step = self._grid(enc.parts["scale_low"], enc.parts["scale_high"])
+        return from_blocks(start * ((codes - 1) * step).exp() * (codes > 0), enc.shape)
 
     def nbytes(self, shape: Shape) -> int:
-        return _packed_bytes(shape, 4, self.block, 4)
+        return _packed_bytes(shape, 4, self.block, 6)
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:

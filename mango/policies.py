@@ -117,7 +117,9 @@ def phases(obs: Tensor) -> Tensor:
     """
     progress, moving = feature(obs, "progress"), feature(obs, "update_ratio")
     settled = (moving < -3.5) | (progress > 0.8)
-    early = ((feature(obs, "grad_trend").abs() > 1.0) & ~settled) | (progress <= 0.1)
+    unseen = feature(obs, "grad_rms") <= -20                 # no step yet
+    begun = (progress > 0) & (progress <= 0.1)               # progress stays 0 where the length of training is unknown
+    early = ((feature(obs, "grad_trend").abs() > 1.0) & ~settled) | unseen | begun
     return torch.where(early, 0, torch.where(settled, 2, 1))
 
 

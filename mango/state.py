@@ -26,7 +26,7 @@ from mango.codecs import (
     unflatten,
 )
 from mango.config import CompressionConfig
-from mango.rules import adamw_direction, adamw_update, orthonormal
+from mango.rules import adamw_direction, adamw_update, orthonormal, range_basis
 
 REFRESH_EVERY = 50                     # steps between refreshes of a projector
 COMPONENTS = {
@@ -202,8 +202,7 @@ class TensorState:
             _, large, rank = subspace(self.shape, config.rank)
             matrix = self._to_matrix(exp_avg)
             unit = matrix / safe(matrix.abs().max())                            # so that powers neither overflow nor vanish
-            start = torch.randn(large, rank, device=matrix.device, generator=generator)
-            p = orthonormal(unit @ (unit.T @ (unit @ start)))
+            p = range_basis(unit, torch.randn(large, rank, device=matrix.device, generator=generator))
             self._store("projector", p, generator)
             exp_avg, exp_avg_sq = p.T @ matrix, p.square().T @ self._to_matrix(exp_avg_sq)
         self._store("exp_avg", exp_avg, generator)
@@ -295,14 +294,14 @@ class TensorState:
         return self._from_matrix(p @ exp_avg), self._from_matrix(p.square() @ exp_avg_sq)
 
     def _refresh(self, grad: Tensor, generator: Generator) -> None:
-        """One power iteration from the projector in force (two from random columns), and the moments carried over."""
+        """One power iteration from the projector in force (from random columns three), and the moments carried over."""
         matrix = self._to_matrix(grad.float())
         matrix = matrix / safe(matrix.abs().max())                                  # so that powers neither overflow nor vanish
         _, large, rank = subspace(self.shape, self.config.rank)
         old = self.encoded["projector"].decode()
         if not bool(old.any()):                                                     # the first gradient: nothing to carry over
             start = torch.randn(large, rank, device=matrix.device, generator=generator)
-            self._store("projector", orthonormal(matrix @ (matrix.T @ (matrix @ start))), generator)
+            self._store("projector", range_basis(matrix, start), generator)
             return
         keep = 1e-3 * matrix.norm().square().clamp(min=1)                           # old columns outlast a zero gradient
         new = orthonormal(matrix @ (matrix.T @ old) + keep * old)

@@ -144,6 +144,8 @@ class GradientStatistics:
     def observe(self) -> None:
         """Take in what the layers gave since the last call: one step."""
         taken, self._taken = self._taken, {}
+        if not self.layers:
+            return
         parts = torch.split(self.mean, self._counts)
         sample = torch.cat([taken[i][0] if i in taken else part for i, part in enumerate(parts)])
         self.steps += 1
@@ -266,6 +268,8 @@ class GradientStatistics:
 
     def features(self, context: Context) -> Tensor:
         """The observation (L, 64) float32 on the CPU, every value within its range in the table."""
+        if not self.layers:
+            return torch.zeros(0, len(FEATURES))
         local = self._local(context)
         rms, noise = local["grad_rms"], local["noise_scale"]
         several = len(self.layers) > 1

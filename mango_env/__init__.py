@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
+    from mango_env.dataset import TrajectoryDataset as TrajectoryDataset
     from mango_env.env import MangoEnv as MangoEnv
     from mango_env.episode import Episode as Episode
     from mango_env.layer_vec_env import LayerVecEnv as LayerVecEnv
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mango_env.reward import Reward as Reward
     from mango_env.run import Interval as Interval
     from mango_env.run import TrainingRun as TrainingRun
-    from mango_env.store import TrajectoryDataset as TrajectoryDataset
     from mango_env.store import TrajectoryWriter as TrajectoryWriter
     from mango_env.twin import twin_of as twin_of
     from mango_env.workloads import WORKLOADS as WORKLOADS
@@ -38,7 +38,7 @@ _HOME = {
     "Reward": "mango_env.reward",
     "Interval": "mango_env.run",
     "TrainingRun": "mango_env.run",
-    "TrajectoryDataset": "mango_env.store",
+    "TrajectoryDataset": "mango_env.dataset",
     "TrajectoryWriter": "mango_env.store",
     "twin_of": "mango_env.twin",
     "WORKLOADS": "mango_env.workloads",

@@ -11,10 +11,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mango.config import CompressionConfig
 from mango_env.episode import Episode
-from mango_env.layout import INDEX_FILE, METADATA_FILE, Header, Paths, read_json
-from mango_env.shards import open_shard, read_attributes, read_episode
+from mango_env.layout import METADATA_FILE, Header, Paths, dataset_id, read_json
+from mango_env.shards import open_shard, read_attributes, read_entries, read_episode
+from mango_env.store import metadata
 
 
 class TrajectoryDataset:
@@ -101,13 +101,14 @@ class TrajectoryDataset:
 
 
 def _metadata_inside(file: Path) -> dict[str, Any]:
-    """What a file made by `compact` says of itself."""
+    """What a file made by `compact` says of itself; a single shard is read as a store, too."""
     with open_shard(file) as opened:
         text = opened.attrs.get("metadata")
-    if not isinstance(text, str):
-        raise ValueError(f"{file}: expected a store made by `mango data compact`, found an HDF5 file without 'metadata'")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    if isinstance(text, str):
+        found: dict[str, Any] = json.loads(text)
+        return found
+    header, entries = read_entries(file)
+    return metadata(header, entries, dataset_id(header.task, header.policy), file.stat().st_size / 1e6)
 
 
 def _place(file: h5py.File, name: str, index: Path) -> tuple[Path, str]:
@@ -119,13 +120,13 @@ def _place(file: h5py.File, name: str, index: Path) -> tuple[Path, str]:
     return index, name
 
 
-def open_datasets(paths: Sequence[str | os.PathLike[str]]) -> list[TrajectoryDataset]:
-    """Several stores of one kind of episodes; ValueError where their ladders or rewards differ."""
+def open_datasets(paths: Sequence[str | os.PathLike[str]], *, same_reward: bool = True) -> list[TrajectoryDataset]:
+    """Several stores of one kind of episodes; ValueError where their ladders or, unless told otherwise, rewards differ."""
     if not paths:
         raise ValueError("no trajectory store was given; name at least one folder")
     datasets = [TrajectoryDataset(path) for path in paths]
     for other in datasets[1:]:
-        datasets[0].header.must_match(other.header, other.path)
+        datasets[0].header.must_match(other.header, other.path, same_reward)
     return datasets
 
 
@@ -182,17 +183,3 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
         return None
     array = np.asarray(values)
     return {"mean": float(array.mean()), "std": float(array.std()), "min": float(array.min()), "max": float(array.max())}
-
-
-def nearest_rungs(episode: Episode, header: Header) -> list[int]:
-    """The ladder's rung nearest to each applied action: what `infos["rung"]` should be."""
-    known: dict[tuple[int, ...], int] = {}
-    rungs = []
-    for action in map(tuple, episode.actions.tolist()):
-        if action not in known:
-            known[action] = header.ladder.nearest(CompressionConfig.from_action(action))
-        rungs.append(known[action])
-    return rungs
-
-
-__all__ = ["INDEX_FILE", "TrajectoryDataset", "info", "nearest_rungs", "open_datasets", "recorded_layers"]

@@ -185,19 +185,20 @@ def _attributes(given: Mapping[str, Any]) -> dict[str, str | int | float | bool]
     reserved = [name for name in RESERVED if name in given]
     if reserved:
         raise ValueError(f"attributes {reserved} are written by the store itself; leave them out")
-    attributes: dict[str, str | int | float | bool] = {}
-    for name, value in given.items():
-        scalar: Any = value.item() if isinstance(value, np.generic) else value
-        kind = ATTRIBUTES[name][0] if name in ATTRIBUTES else (str, int, float, bool)
-        if kind is float and isinstance(scalar, int) and not isinstance(scalar, bool):
-            scalar = float(scalar)
-        if not isinstance(scalar, kind) or (kind is int and isinstance(scalar, bool)):
-            raise TypeError(f"attribute {name}={value!r} must be {getattr(kind, '__name__', 'a string, number or boolean')}")
-        if isinstance(scalar, float) and not math.isfinite(scalar):
-            raise ValueError(f"attribute {name}={value!r} must be finite")
-        if isinstance(scalar, int) and not -_INT64 <= scalar < _INT64:
-            raise ValueError(f"attribute {name}={value!r} does not fit 64 bits")
-        if isinstance(scalar, str) and "\0" in scalar:
-            raise ValueError(f"attribute {name}={value!r} has a zero byte, which HDF5 strings cannot hold")
-        attributes[name] = scalar
-    return attributes
+    return {name: _scalar(name, value.item() if isinstance(value, np.generic) else value) for name, value in given.items()}
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """An attribute as the scalar that the table of attributes asks for, any scalar where it says nothing."""
+    kind: Any = ATTRIBUTES[name][0] if name in ATTRIBUTES else str | int | float | bool
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"attribute {name}={value!r} must be {getattr(kind, '__name__', 'a string, number or boolean')}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"attribute {name}={value!r} must be finite")
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:
+        raise ValueError(f"attribute {name}={value!r} does not fit 64 bits")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"attribute {name}={value!r} has a zero byte, which HDF5 strings cannot hold")
+    return value

@@ -61,7 +61,8 @@ class Header:
 
         Raises ValueError saying what was expected and what was found.
         """
-        expected = dict(format=FORMAT, format_version=FORMAT_VERSION, schema_hash=SCHEMA_HASH, knobs_version=KNOBS_VERSION)
+        expected = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        expected |= {"schema_hash": SCHEMA_HASH, "knobs_version": KNOBS_VERSION}
         for key, value in expected.items():
             if found.get(key) != value:
                 raise ValueError(f"{where}: expected {key} {value!r}, found {found.get(key)!r}; {_advice(key)}")
@@ -71,12 +72,12 @@ class Header:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: the header is incomplete or malformed ({error!r})") from error
 
-    def must_match(self, other: "Header", where: str | Path) -> None:
+    def must_match(self, other: "Header", where: str | Path, same_reward: bool = True) -> None:
         """Refuse to mix two kinds of episodes in one store."""
-        for key in ("reward", "ladder"):
+        for key in ("ladder", "reward")[: 1 + same_reward]:
             mine, theirs = getattr(self, key), getattr(other, key)
             if mine != theirs:
-                raise ValueError(f"{where} has {key} {theirs!r}, not {mine!r}; record into another folder")
+                raise ValueError(f"{where} has {key} {theirs!r}, not {mine!r}; keep them in different folders")
 
 
 def _advice(key: str) -> str:

@@ -151,8 +151,13 @@ class ShardWriter:
         if self._file.error is not None:
             raise self._file.error
 
-    def publish(self) -> None:
-        """Close the file and give it its name. Groups that hold no complete episode are left out."""
+    def publish(self, metadata: str | None = None) -> None:
+        """Close the file and give it its name. Groups that hold no complete episode are left out.
+
+        `metadata` is put beside the header: JSON that makes the file a store by itself.
+        """
+        if metadata is not None:
+            self._h5.attrs["metadata"] = metadata
         for j in range(self.count, self.capacity):
             del self._h5[f"episode_{j}"]
         self.flush()

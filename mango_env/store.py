@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -211,13 +211,17 @@ def metadata(header: Header, entries: Sequence[Entry], name: str, megabytes: flo
         "dataset_size": megabytes,
         "algorithm_name": header.policy,
         "description": f"Compression of optimizer state while training {header.task}, one episode per run and layer.",
-        "mango": {**header.to_dict(), "runs": len({entry.run_id for entry in entries}), "digest": digest(entries)},
+        "mango": {
+            **header.to_dict(),
+            "runs": len({entry.run_id for entry in entries}),
+            "digest": digest_of(entry.digest for entry in entries),
+        },
     }
 
 
-def digest(entries: Sequence[Entry]) -> str:
-    """Hash of a set of episodes: the same for the same episodes, however they are split into files."""
-    return hashlib.blake2b("".join(sorted(entry.digest for entry in entries)).encode(), digest_size=16).hexdigest()
+def digest_of(digests: Iterable[str]) -> str:
+    """Hash of a set of episodes, from theirs: the same however they are ordered and split into files."""
+    return hashlib.blake2b("".join(sorted(digests)).encode(), digest_size=16).hexdigest()
 
 
 def _megabytes(folder: Path) -> float:

@@ -249,6 +249,9 @@ def test_reset_never_raises_for_a_seed_that_fails() -> None:
         else:
             assert not over
     assert 0 < failed < 8
+    assert env.reset(options={"run_seed": 1})[1]["error"]
+    with pytest.raises(ValueError, match="least feasible is"):
+        env.reset(options={"run_seed": 0, "memory_budget": 64})
 
 
 def test_a_failing_evaluation_leaves_the_episode_standing() -> None:

@@ -31,6 +31,7 @@ ADAPTERS: dict[str, set[str]] = {
     "mango_env.layer_vec_env": {"stable_baselines3", "gym_notices"},
     "train_policy.d3rlpy_backend": {"d3rlpy", "gym_notices"},
     "train_policy.ppo": {"stable_baselines3", "sb3_contrib"},
+    "train_policy.sb3_modules": {"stable_baselines3"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Promises about naming a workload: a user's own as module:function or file.py:function, and one line for what cannot be built."""
+"""Promises about naming a workload: a user's own as module:function or file.py:function, one line for what cannot be built."""
 
 import sys
 from collections.abc import Iterator
@@ -73,6 +73,14 @@ def test_a_users_workload_is_found_in_the_current_folder(own: str, form: str) ->
     path = list(sys.path)
     workload = make_workload(form.format(own), 4)
     assert (workload.steps, workload.seed, workload.tag) == (5, 4, "beside")   # type: ignore[attr-defined]
+    assert sys.path == path
+
+
+def test_a_file_elsewhere_finds_the_modules_beside_it(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = list(sys.path)
+    assert make_workload(f"../{own}.py:late", 1).tag == "beside"               # type: ignore[attr-defined]
     assert sys.path == path
 
 

@@ -188,7 +188,8 @@ def test_a24_somebody_s_own_policy_is_asked_and_obeyed() -> None:
     optimizer.register_decision_hook(lambda d: logged.extend((c.gradient_bits, c.momentum_bits, c.sparsity) for c in d.applied))
     train(optimizer, 20)
     assert logged == [(16, 16, 0.1)] * 60
-    assert optimizer.get_compression_config() == {"gradient_bits": 16, "momentum_bits": 16, "sparsity_ratio": 0.1}
+    in_force = optimizer.get_compression_config()
+    assert [in_force[knob] for knob in ("gradient_bits", "momentum_bits", "sparsity_ratio")] == [16, 16, 0.1]
     optimizer.policy.reset()
     assert inner.forgotten == 1
 
@@ -253,7 +254,7 @@ def test_water_filling_prefers_what_was_measured_to_err_least() -> None:
     scores = policy.scores(obs)
     by_name = dict(zip(LADDER.names, scores[0].tolist(), strict=True))
     assert by_name["full"] > by_name["m8v8"] > by_name["m8v4"] > by_name["m4v4"] > by_name["m4v0"] > by_name["m2v0"]
-    assert by_name["m4v4"] == pytest.approx(-(10**4) * (0.1**2 + 10**-2.6), rel=1e-4)
+    assert by_name["m4v4"] == pytest.approx(-(10**4) * (0.1**2 + policy.VARIANCE * 10**-2.6), rel=1e-4)
     big = observation(1, numel=6)
     assert (policy.scores(big) < policy.scores(observation(1, numel=3))).all()
 
@@ -261,9 +262,9 @@ def test_water_filling_prefers_what_was_measured_to_err_least() -> None:
 def test_water_filling_spends_a_budget_better_than_one_config_for_all() -> None:
     """One layer's second moment is rank one, the other's not: only the first can be stored as factors for nothing."""
     params = [Parameter(torch.zeros(128, 128)), Parameter(torch.zeros(128, 128))]
-    optimizer = MANGO(params, memory_budget=0.32, policy_update_freq=10, lr=1e-3)
+    optimizer = MANGO(params, memory_budget=0.24, policy_update_freq=10, lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    rows, columns = torch.logspace(-3, 0, 128)[:, None], torch.logspace(0, -3, 128)[None]
+    rows, columns = torch.logspace(-0.5, 0, 128)[:, None], torch.logspace(0, -0.5, 128)[None]
     spread = torch.randn(128, 128, generator=generator).exp() ** 2
     for _ in range(30):
         params[0].grad = rows * columns * torch.randn(128, 128, generator=generator).sign()

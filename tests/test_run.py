@@ -361,14 +361,16 @@ def test_a_twin_is_trained_once_and_then_read(cache: Path, monkeypatch: pytest.M
     twin_of(small(1))
     twin_of(small(0, lr=0.01))
     twin_of(small(0, horizon=30))
-    assert trained == [0, 1, 0, 0]
+    twin_of(small(0, optimizer_options={"weight_decay": 0.5, "residual_bits": 4}))          # decay is, feedback is not
+    assert trained == [0, 1, 0, 0, 0]
+    twin_of(small(0, optimizer_options={"residual_bits": 4}))
     files = sorted(cache.iterdir())
-    assert len(files) == 4 and {f.suffix for f in files} == {".json"}
+    assert len(files) == 5 and {f.suffix for f in files} == {".json"}
     for file in files:
         file.write_text("{")                                 # a damaged file is made again
     twins._remembered.cache_clear()
     assert twin_of(small(0)) == first
-    assert len(trained) == 5
+    assert len(trained) == 6
 
 
 def test_a_twin_of_a_closure_is_remembered_in_memory_only(cache: Path) -> None:
@@ -390,3 +392,40 @@ def test_a_twin_survives_a_folder_that_cannot_be_written_and_a_workload_that_rai
     assert [p.name for p in (tmp_path / "ok").iterdir()] == ["twin.json"]
     assert read_twin(tmp_path / "none.json") is None
     assert Twin((math.nan, 1.0), {}).mean(0, 2) is None
+
+
+class Quadratic:
+    """f(w) = c / 2 |w - target|^2, with the weights and losses of every step kept for the test."""
+
+    steps = 40
+
+    def __init__(self, seed: int, c: float = 3.0) -> None:
+        self.model = nn.Linear(32, 32, bias=False)
+        self.target = torch.randn(32, 32, generator=torch.Generator().manual_seed(seed))
+        self.c = c
+        self.path: list[tuple[Tensor, float]] = []
+
+    def loss(self) -> Tensor:
+        weight = self.model.weight
+        loss = self.c / 2 * (weight - self.target).square().sum()
+        self.path.append((weight.detach().double().clone(), loss.item()))
+        return loss
+
+    def evaluate(self) -> dict[str, float]:
+        return {"val_loss": self.path[-1][1]}
+
+
+@pytest.mark.parametrize("c", [0.5, 30.0])
+def test_b4_curvature_is_the_loss_change_over_the_squared_step_on_a_quadratic(c: float) -> None:
+    run = TrainingRun(Quadratic, 0, interval=10, memory_budget=2.0, workload_kwargs={"c": c})
+    run.apply(FULL)
+    while not run.done:
+        run.advance()
+        assert isinstance(run.workload, Quadratic)
+        (before, loss_before), (after, loss_after) = run.workload.path[-2:]
+        step = after - before
+        analytic = c * ((before - run.workload.target) * step).sum() / step.square().sum() + c / 2       # Taylor, exact here
+        measured = (loss_after - loss_before) / float(step.square().sum())
+        assert measured == pytest.approx(float(analytic), rel=1e-2)
+        expected = math.copysign(math.log10(1 + abs(measured)), measured)
+        assert run.observe()[0, FEATURE_INDEX["curvature"]] == pytest.approx(expected, rel=1e-3)

@@ -217,7 +217,6 @@ def test_a_python_without_source_files_is_told(tmp_path: Path) -> None:
         text._read_modules(tmp_path, text.VAL_MODULES)
 
 
-@pytest.mark.slow
 def test_adaptive_step_sizes_matter_on_the_transformer() -> None:
     """AdamW beats SGD with momentum by a margin: otherwise its second moments would not be worth their bytes."""
 

@@ -29,7 +29,7 @@ from mango_env.run import DEFAULT_INTERVAL, TrainingRun
 from mango_env.store import TrajectoryWriter, finalize
 from mango_env.workloads import workload_name
 from mango_env.workloads.base import WorkloadBuilder
-from train_policy.evaluate import Budget, policy_of, spec_name
+from train_policy.evaluate import Budget, listed, policy_of, spec_name
 from train_policy.fitting import progress_line
 from train_policy.oracle import OraclePolicy
 
@@ -145,9 +145,8 @@ class RandomKnobsPolicy:
 
 def behaviours(specs: str | Any | Sequence[str | Any]) -> list[str | Any]:
     """Specs with "fixed" spelled out as every rung of the ladder."""
-    listed = list(specs) if isinstance(specs, list | tuple) else [specs]
     spelled = [f"fixed:{name}" for name in LADDER.names]
-    return [one for spec in listed for one in (spelled if isinstance(spec, str) and spec == "fixed" else [spec])]
+    return [one for spec in listed(specs) for one in (spelled if isinstance(spec, str) and spec == "fixed" else [spec])]
 
 
 def behaviour_of(spec: str | Any, args: CollectArgs, run_id: str) -> Any:
@@ -194,8 +193,8 @@ def collect(
     """
     args = args or CollectArgs()
     began = time.perf_counter()
-    works = list(workloads) if isinstance(workloads, list | tuple) else [workloads]
-    sizes = list(budgets) if isinstance(budgets, list | tuple) else [budgets]
+    works: list[str | WorkloadBuilder] = listed(workloads)
+    sizes: list[Budget] = listed(budgets)
     draws = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     asked = [
         Job(run_id(work, spec, seed, size, args), work, spec, seed, size, args)
@@ -245,7 +244,7 @@ def _start(job: Job) -> TrainingRun:
 
 def _salvage(root: Path) -> None:
     """Bring in what an earlier, killed collection left behind."""
-    from mango_env.dataset import salvage
+    from mango_env.salvage import salvage
 
     if (root / "data").is_dir():
         salvage(root)

@@ -171,8 +171,8 @@ def evaluate(
     Raises ValueError before anything is trained for unknown names and impossible budgets.
     """
     args = args or EvaluationArgs()
-    specs, works = _listed(policies), _listed(workloads)
-    sizes, draws = _listed(budgets), list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    specs, works = listed(policies), listed(workloads)
+    sizes, draws = listed(budgets), list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not specs or not works or not sizes or not draws:
         raise ValueError("evaluate needs at least one policy, workload, budget and seed")
     _check(specs, works, sizes, args)
@@ -245,7 +245,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """`value` as a list: one of its own if it is no list or tuple."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

@@ -90,7 +90,7 @@ def make_workload(spec: str | WorkloadBuilder, seed: int, **options: Any) -> Wor
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed {seed} does not fit torch.Generator; take one in [-2**63, 2**64)")
     label = workload_name(spec)
-    with _working_folder_first():
+    with _search_first(spec):
         builder = _find(spec)
         _check_arguments(label, builder, seed, options)
         workload = builder(seed, **options)
@@ -195,15 +195,18 @@ def _load_file(name: str) -> ModuleType:
 
 
 @contextmanager
-def _working_folder_first() -> Iterator[None]:
-    """The current folder at the head of `sys.path`, for the time of the block only."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
+def _search_first(spec: str | WorkloadBuilder) -> Iterator[None]:
+    """The current folder, and before it that of a file named by `spec`, head `sys.path` for the time of the block only."""
+    folders = [os.getcwd()]
+    if isinstance(spec, str) and spec.rpartition(":")[0].endswith(".py"):
+        folders.insert(0, str(Path(spec.rpartition(":")[0]).expanduser().resolve().parent))
+    sys.path[:0] = folders
     try:
         yield
     finally:
-        if folder in sys.path:                                                 # the block may have rearranged the path itself
-            sys.path.remove(folder)
+        for folder in folders:
+            if folder in sys.path:                                             # the block may have rearranged the path itself
+                sys.path.remove(folder)
 
 
 def _check_arguments(label: str, builder: WorkloadBuilder, seed: int, options: dict[str, Any]) -> None:
