@@ -175,12 +175,15 @@ class TensorState:
         device = self.encoded["exp_avg_sq"].device
         for slot in set(self.encoded) - set(after) - {"projector"}:
             del self.encoded[slot]                               # with its feedback gone, a residual has no receiver
-        if old.rank != config.rank:
-            self._resubspace(old, config, generator)
 
         def growth(slot: str) -> int:
             codec, shape = after[slot]
             return codec.nbytes(shape) - (self.encoded[slot].nbytes if slot in self.encoded else 0)
+
+        if "held" in self.encoded and growth("held") < 0:        # makes room for moments that leave a subspace
+            self.encoded["held"] = after["held"][0].encode(self.encoded.pop("held").decode(), generator)
+        if old.rank != config.rank:
+            self._resubspace(old, config, generator)
 
         made = {"held"} - set(self.encoded)                      # appears with the next gradient
         for slot in sorted(set(after) - made, key=growth):       # what shrinks goes first

@@ -67,13 +67,14 @@ def to_d3rlpy(source: Source, actions: str = "rung") -> Any:
     d3rlpy = import_d3rlpy()
     episodes, ladder = _views(source)
     discrete = actions == "rung"
-    Signature = d3rlpy.dataset.Signature
+    signature = d3rlpy.dataset.Signature
+    floats, taken = np.dtype(np.float32), (np.dtype(np.int32), 1) if discrete else (np.dtype(np.float32), len(KNOBS))
     return d3rlpy.dataset.ReplayBuffer(
         d3rlpy.dataset.InfiniteBuffer(),
         episodes=[_d3rlpy_episode(d3rlpy, episode, discrete) for episode in episodes],
-        observation_signature=Signature(dtype=[np.dtype(np.float32)], shape=[(FEATURE_DIM,)]),
-        action_signature=Signature(dtype=[np.dtype(np.int32 if discrete else np.float32)], shape=[(1 if discrete else len(KNOBS),)]),
-        reward_signature=Signature(dtype=[np.dtype(np.float32)], shape=[(1,)]),
+        observation_signature=signature(dtype=[floats], shape=[(FEATURE_DIM,)]),
+        action_signature=signature(dtype=[taken[0]], shape=[(taken[1],)]),
+        reward_signature=signature(dtype=[floats], shape=[(1,)]),
         action_space=d3rlpy.ActionSpace.DISCRETE if discrete else d3rlpy.ActionSpace.CONTINUOUS,
         action_size=len(ladder) if discrete else len(KNOBS),
     )
@@ -119,11 +120,12 @@ def to_npz(source: Source, path: str | os.PathLike[str]) -> Path:
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in kept[0]}
     lengths = np.array([len(episode["rewards"]) for episode in kept], np.int64)
     texts = {"attributes": json.dumps(_facts(source)), "ladder": ladder.to_json()}
+    content: dict[str, Any] = {"lengths": lengths, **arrays, **{name: np.array(text) for name, text in texts.items()}}
     target = Path(path)
     temporary = aside(target)
     try:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, lengths=lengths, **arrays, **{name: np.array(text) for name, text in texts.items()})
+            np.savez_compressed(file, **content)
         publish(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -168,7 +170,8 @@ def to_minari(path: str | os.PathLike[str], dataset_id: str | None = None) -> An
     if target.exists():
         found = TrajectoryDataset(target)
         if found.digest != dataset.digest:
-            raise ValueError(f"{target} holds other data (digest {found.digest}, not {dataset.digest}); choose another dataset_id")
+            clash = f"digest {found.digest}, not {dataset.digest}"
+            raise ValueError(f"{target} holds other data ({clash}); choose another dataset_id")
     else:
         temporary = aside(target)
         shutil.rmtree(temporary, ignore_errors=True)

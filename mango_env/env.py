@@ -47,7 +47,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
     `overhead_frac` to `info`, which is otherwise equal in two runs of one seed.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # type: ignore[misc]
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         self.twin: Twin | None = None
         self.observation = np.zeros((count, FEATURE_DIM), np.float32)
         self.error: str | None = None
-        self._last: tuple[list[CompressionConfig], Interval] | None = None
+        self._history: list[tuple[list[CompressionConfig], Interval]] = []
         self.over = True
         self._seconds = self._step_seconds = 0.0
 
@@ -124,7 +124,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         budget = self.budgets[int(self.np_random.integers(len(self.budgets)))]
         run_seed = whole_number("run_seed", options.get("run_seed", run_seed), None)
         budget = options.get("memory_budget", budget)
-        self.over, self._last, self.error = False, None, None
+        self.over, self._history, self.error = False, [], None
         self._seconds = self._step_seconds = 0.0
         self.run = self.twin = None
         try:
@@ -171,7 +171,8 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             self.over, self.error = True, describe_error(problem)
             return self._lost_episode()
         interval = self.run.advance()
-        self.error, self.over, self._last = interval.error, self.run.done, (applied, interval)
+        self.error, self.over = interval.error, self.run.done
+        self._history.append((applied, interval))
         terms = score(self.reward, interval, self.twin)
         self.observation = self._observe_run(self.run)
         info = self._step_info(self.run, applied, interval, terms)
@@ -190,25 +191,39 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         """An independent environment in the same state, generators included."""
         other = copy.copy(self)
         other.run = self.run.fork() if self.run is not None else None
+        other._history = list(self._history)
         other.layers = other.run.layers if other.run is not None else self.layers
         other.np_random = copy.deepcopy(self.np_random)
         other.action_space, other.observation_space = copy.deepcopy((self.action_space, self.observation_space))
         return other
 
-    def render(self) -> str | None:                          # type: ignore[override]
-        """One line of text in the mode "ansi"."""
+    def render(self) -> str | NDArray[np.uint8] | None:      # type: ignore[override]
+        """"ansi": one line of text. "rgb_array": the episode's decisions so far as an image."""
         if self.render_mode is None:
-            gym.logger.warn("render() was called, but the environment was made without render_mode; give render_mode='ansi'")
+            gym.logger.warn("render() was called, but the environment was made without render_mode; give 'ansi' or 'rgb_array'")
             return None
-        if self.run is None or self._last is None:
-            return f"t=0 {self.error or 'not started'}" if self.run is None else f"t=0/{self.run.horizon}"
-        applied, interval = self._last
+        return self._line() if self.render_mode == "ansi" else self._image()
+
+    def _line(self) -> str:
+        if self.run is None:
+            return f"t=0 {self.error or 'not started'}"
+        if not self._history:
+            return f"t=0/{self.run.horizon}"
+        applied, interval = self._history[-1]
         configs = ", ".join(f"{name} x{count}" for name, count in Counter(config.name for config in applied).items())
         state = f" {self.error or 'diverged'}" if interval.diverged else ""
         return (
             f"t={interval.stop}/{self.run.horizon} loss={interval.loss:.4g} "
             f"bytes={interval.state_bytes_peak}/{self.run.budget} [{configs}]{state}"
         )
+
+    def _image(self) -> NDArray[np.uint8]:
+        """A row per layer, a column per decision (8 x 8 pixels each): the lighter, the fewer bytes; blue is yet to come."""
+        columns = len(self._history) + (self.run.decisions_left if self.run is not None else 1)
+        cells = np.tile(np.array([24, 32, 72], np.uint8), (len(self.layers), columns, 1))
+        for column, (_, interval) in enumerate(self._history):
+            cells[:, column] = (255 * (1 - interval.bytes / interval.adamw_bytes).clip(0, 1)).astype(np.uint8)[:, None]
+        return cells.repeat(8, 0).repeat(8, 1)
 
     def _observe_run(self, run: TrainingRun) -> NDArray[np.float32]:
         try:

@@ -13,22 +13,13 @@ from numpy.typing import NDArray
 
 from mango.config import LADDER, NVEC
 from mango.features import FEATURE_INDEX, KINDS
+from mango_env.adapters import quiet_gym
 from mango_env.env import HIGHS, LOWS, Budget, MangoEnv, config_of
 from mango_env.reward import Reward
 from mango_env.run import DEFAULT_INTERVAL, whole_number
 from mango_env.workloads.base import WorkloadBuilder
 
-
-def _quiet_gym() -> None:
-    """SB3 looks for the dead `gym`, which prints a notice to stderr when it is imported."""
-    try:
-        from gym_notices import notices
-    except ImportError:                                      # no gym, no notice
-        return
-    notices.notices.clear()
-
-
-_quiet_gym()
+quiet_gym()                                                  # SB3 looks for the dead `gym`, which would print its notice
 try:
     from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices
 except ImportError as problem:

@@ -79,7 +79,7 @@ def test_c6_gymnasiums_check_env_passes_without_a_warning(workload: Any, actions
     options: list[dict[str, Any]] = [
         {"horizon": 20, "interval": 5, "render_mode": "ansi"},
         {"horizon": 5, "interval": 5},                       # one decision per episode
-        {"horizon": 20, "max_layers": 7},
+        {"horizon": 20, "max_layers": 7, "render_mode": "rgb_array"},
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -305,11 +305,38 @@ def test_timings_are_reported_on_request_only() -> None:
 def test_rendering_is_one_line_of_text() -> None:
     env = gym.make(ENV_ID, workload="digits_mlp", horizon=20, interval=10, actions="rung", render_mode="ansi")
     env.reset(seed=0)
-    assert env.render() == "t=0/20"                          # type: ignore[comparison-overlap]
+    assert str(env.render()) == "t=0/20"
     env.step(np.array([LADDER.index("m4v4")] * 3))
     text = str(env.render())
     assert text.startswith("t=10/20 loss=") and text.endswith("[m4v4 x3]") and "\n" not in text
     env.close()                                              # type: ignore[no-untyped-call]
+
+
+def test_the_image_of_an_episode_has_a_cell_per_layer_and_decision() -> None:
+    env = make(render_mode="rgb_array", actions="rung", memory_budget=2.0)
+    env.reset(seed=0)
+    env.step(np.array([LADDER.index("full"), LADDER.index("m4v4")]))
+    image = env.render()
+    assert isinstance(image, np.ndarray) and image.shape == (2 * 8, 10 * 8, 3) and image.dtype == np.uint8
+    first, second, coming = image[0, 0], image[8, 0], image[0, 8]
+    assert (first == 0).all() and (second > 200).all() and coming.tolist() == [24, 32, 72]
+
+
+def test_sb3_and_gymnasium_make_vectors_of_it_without_a_warning() -> None:
+    env_util = pytest.importorskip("stable_baselines3.common.env_util")
+    options: dict[str, Any] = {"workload": "digits_mlp", "horizon": 20, "actions": "rung", "reward": {"loss": "raw"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        venv = env_util.make_vec_env(ENV_ID, n_envs=2, env_kwargs=options, seed=0)  # asks for render_mode="rgb_array"
+        venv.reset()
+        _, rewards, _, infos = venv.step(np.zeros((2, 3), np.int64))
+        assert rewards.shape == (2,) and venv.render(mode="rgb_array").ndim == 3 and infos[0]["t"] == 10
+        venv.close()
+        both = gym.make_vec(ENV_ID, num_envs=2, vectorization_mode="sync", **options)
+        both.reset(seed=0)
+        for _ in range(3):
+            both.step(both.action_space.sample())
+        both.close()
 
 
 def test_ppo_of_sb3_trains_on_the_dict_observation() -> None:

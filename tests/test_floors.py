@@ -28,7 +28,7 @@ CALLED = {
 # modules that subclass a heavy library's classes load it; whoever needs them imports them inside a function
 ADAPTERS: dict[str, set[str]] = {
     "mango.kernels": {"triton"},
-    "mango_env.layer_vec_env": {"stable_baselines3", "gym_notices"},
+    "mango_env.layer_vec_env": {"stable_baselines3"},
     "train_policy.d3rlpy_backend": {"d3rlpy", "gym_notices"},
     "train_policy.ppo": {"stable_baselines3", "sb3_contrib"},
     "train_policy.sb3_modules": {"stable_baselines3"},

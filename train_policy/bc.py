@@ -4,6 +4,7 @@ Both heads learn at once: the knobs by a factored cross-entropy, the rung by one
 held-out steps, say when to stop.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mango_env.cache import TrajectoryCache
 from train_policy.batches import Loader, Steps, check_ladder, observations_of, select_best, select_policies, split_runs
 from train_policy.fitting import TrainingInterrupted, progress_line, save_checkpoint
 from train_policy.transfer import check_head, clone
+
+LEAST_UPDATES = 20                                       # per epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +123,38 @@ def train(
     return BcResult(best.eval(), args.head, final, best_epoch, runs, len(chosen), cache.digest, tuple(curves))
 
 
-def imitation_loss(output: PolicyOutput, steps: Steps, network: PolicyNetwork, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of both heads with the recorded decisions, each step weighted (B,): a scalar."""
+def imitate(
+    network: PolicyNetwork, steps: Steps, values: Tensor, optimizer: torch.optim.Optimizer, weights: Tensor | None = None
+) -> Tensor:
+    """One update towards the recorded decisions, each weighted (B,), and of the value head towards `values` (B,).
+
+    Returns the cross-entropy of both heads, a scalar. The value head reads the features without shaping them: it is the
+    critic that fine-tuning starts from.
+    """
+    features, _ = network.trunk.step(steps.observations)
+    output = PolicyOutput(network.knob_head(features), network.rung_head(features), values, None)
     rung = network.distribution(output, "rung").log_prob(steps.rungs.unsqueeze(-1))
     knobs = network.distribution(output, "knobs").log_prob(steps.actions) / len(KNOBS)
-    return steps.mean(-(rung + knobs) * (1.0 if weights is None else weights))
+    loss = steps.mean(-(rung + knobs) * (1.0 if weights is None else weights))
+    value = network.value_head(features.detach()).squeeze(-1)
+    optimizer.zero_grad()
+    (loss + steps.mean(F.smooth_l1_loss(value, values, reduction="none"))).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
 
 
 def _fit_epoch(network: PolicyNetwork, loader: Loader, optimizer: torch.optim.Optimizer) -> float:
     """One pass; returns the mean imitation loss."""
     network.train()
-    total, count = 0.0, 0
-    for steps in loader.epoch():
-        features, _ = network.trunk.step(steps.observations)
-        output = PolicyOutput(network.knob_head(features), network.rung_head(features), features.new_zeros(0), None)
-        loss = imitation_loss(output, steps, network)
-        # The value head reads the features without shaping them: it is the critic that fine-tuning starts from.
-        value = network.value_head(features.detach()).squeeze(-1)
-        fit = steps.mean(F.smooth_l1_loss(value, steps.to_go, reduction="none"))
-        optimizer.zero_grad()
-        (loss + fit).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total, count = total + float(loss.detach()), count + 1
+    losses = [float(imitate(network, steps, steps.to_go, optimizer)) for steps in _updates(loader)]
     network.eval()
-    return total / count
+    return sum(losses) / len(losses)
+
+
+def _updates(loader: Loader) -> Iterator[Steps]:
+    """Every batch once; of small data as many passes as make `LEAST_UPDATES`, so that patience means something."""
+    for _ in range(max(1, LEAST_UPDATES // len(loader))):
+        yield from loader.epoch()
 
 
 def accuracy(network: PolicyNetwork, loader: Loader) -> dict[str, float]:

@@ -106,12 +106,12 @@ def judge(rows: list[Any]) -> None:
 def print_evaluation(rows: list[Any]) -> None:
     from train_policy.evaluate import summary
 
-    columns = ("policy", "workload", "budget", "bytes", "peak", "val loss", "gap %", "95 % interval", "step time", "note")
+    columns = ("policy", "workload", "budget", "peak bytes", "val loss", "gap %", "95 % interval", "step time", "note")
     body = []
     for row in summary(rows):
-        interval = "" if row.gap_low is None else f"{row.gap_low:+.2f} .. {row.gap_high:+.2f}"
+        interval = "" if row.gap_low is None else f"{row.gap_low:+.1f} .. {row.gap_high:+.1f}"
         note = f"{row.failed} failed" if row.failed else "" if row.within_budget else "over budget"
-        body.append((row.policy, row.workload, row.budget, row.budget_bytes, row.state_bytes_peak, row.val_loss,
+        body.append((row.policy, row.workload, str(row.budget), row.state_bytes_peak, row.val_loss,
                      row.gap, interval, row.step_time_ratio, note))  # fmt: skip
     caption = "gap: held-out loss above AdamW's; step time: over AdamW's"
     print_table("Held-out loss under a byte budget (mean over seeds)", columns, body, caption)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from train_policy.cli_support import JsonOption, SeedOption, console, emit, guarded, print_table
+from train_policy.cli_support import JsonOption, SeedOption, console, emit, guarded, number, print_table
 
 data_app = typer.Typer(no_args_is_help=True, help="Trajectory stores: info, validate, merge, split, compact, cache, salvage.")
 
@@ -25,7 +25,7 @@ def info(store: Store, json: JsonOption = None) -> None:
 
 def counts(value: Any) -> Any:
     """A dict of counts on one line."""
-    return ", ".join(f"{k} {v:.4g}" for k, v in value.items()) if isinstance(value, dict) else value
+    return ", ".join(f"{key} {number(count)}" for key, count in value.items()) if isinstance(value, dict) else value
 
 
 @data_app.command()

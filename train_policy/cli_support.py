@@ -11,13 +11,15 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 FAILED = 2                                               # exit code of an error that is told in one line
 INTERRUPTED = 130                                        # exit code after Ctrl-C, as shells have it
 DEBUG_FLAG = "MANGO_DEBUG"
 
-console = Console()
+# A pipe or a file has no width: tables there are as wide as they need to be, for terminals rich knows it.
+console = Console(width=None if sys.stdout.isatty() else 160)
 err_console = Console(stderr=True)
 
 JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON to this file; -: to stdout, no tables")]
@@ -112,14 +114,16 @@ def plain(value: Any) -> Any:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
     """A table on stdout; numbers are set to the right."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left", show_header=any(columns))
     body = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
     for i, column in enumerate(columns):
         right = all(row[i][:1].isdigit() or row[i][:1] in "+-" for row in body if row[i])
         table.add_column(column, justify="right" if right else "left", no_wrap=i == 0)
     for row in body:
-        table.add_row(*row)
+        table.add_row(*(escape(text) for text in row))
     console.print(table)
+    if caption:
+        console.print(caption, highlight=False, markup=False)
 
 
 def number(value: Any) -> str:

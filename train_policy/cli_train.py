@@ -9,7 +9,6 @@ from train_policy.cli_support import (
     JsonOption,
     SeedOption,
     StepsOption,
-    console,
     emit,
     err_console,
     guarded,
@@ -22,20 +21,20 @@ from train_policy.cli_support import (
 if TYPE_CHECKING:
     from mango.networks import PolicyNetwork
 
-train_app = typer.Typer(no_args_is_help=True, help="Learn a policy: bc (clone), offline (iql, awr, cql, d3rlpy's), ppo (fine-tune).")
+train_app = typer.Typer(no_args_is_help=True, help="Learn a policy: bc, offline, ppo.")
 
 DataOption = Annotated[Path, typer.Option("--data", help="a trajectory store")]
 OutOption = Annotated[Path, typer.Option("--out", help="the checkpoint, a policy file; rewritten while training")]
 InitOption = Annotated[Path | None, typer.Option("--init", help="the policy file to start from; default: a new network")]
 HeadOption = Annotated[str, typer.Option("--head", help="what decides when deployed: rung or knobs")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="FILE.yml:KEY, or a KEY of the shipped recipes")]
+BEHAVIOURS = "who decides: random, random-knobs, fixed (every rung), fixed:RUNG, a heuristic, oracle, explore:SPEC, a policy"
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a hyper-parameter; repeatable")]
 
 
 def collect(
     workload: Annotated[list[str], typer.Option(help="a name or module:function; repeatable")],
-    policy: Annotated[list[str], typer.Option(help="who decides: random, random-knobs, fixed (every rung), fixed:RUNG, a heuristic, "
-                                                   "oracle, explore:SPEC, a policy; repeatable")],  # fmt: skip
+    policy: Annotated[list[str], typer.Option(help=BEHAVIOURS)],
     root: Annotated[Path, typer.Option(help="the store; runs that it has are not repeated")],
     budgets: Annotated[str, typer.Option(help="comma-separated: fractions of AdamW's state, 64KiB, bytes")] = "0.125,0.25",
     seeds: Annotated[int, typer.Option(help="runs per workload, policy and budget")] = 3,
@@ -107,3 +106,68 @@ def report_stage(stage: str, out: Path, metrics: dict[str, float], curves: Any, 
         print_table(stage, ("", ""), list(metrics.items()), caption=f"wrote {out}")
 
     emit(json, {"stage": stage, "path": str(out), "metrics": metrics, "curves": curves}, tables)
+
+
+@train_app.command()
+@guarded
+def bc(
+    data: DataOption,
+    out: OutOption,
+    init: InitOption = None,
+    architecture: Annotated[str, typer.Option(help="of a new network: mlp or lstm")] = "mlp",
+    policies: Annotated[str, typer.Option(help="comma-separated behaviours to imitate; default: all")] = "",
+    top: Annotated[float | None, typer.Option(help="best share of runs to imitate; default: 0.25, or all of named ones")] = None,
+    epochs: Annotated[int | None, typer.Option(help="at most")] = None,
+    head: HeadOption = "rung",
+    recipe: RecipeOption = None,
+    change: SetOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Behaviour cloning: imitate the best recorded decisions. Ctrl-C keeps the best weights so far."""
+    from mango_env.cache import build_cache
+    from train_policy.bc import BcArgs, train
+    from train_policy.recipes import from_recipe
+
+    named = tuple(name for name in policies.split(",") if name) or None
+    chosen = {"policies": named, "top": top, "epochs": epochs, "head": head, "seed": seed, **settings(change)}
+    args = from_recipe(BcArgs, recipe_of("bc", recipe, architecture), **chosen)
+    network = start_from(init, architecture, seed)
+    result = train(network, build_cache(data), args, checkpoint=out, progress=err_console.is_terminal)
+    report_stage("Behaviour cloning", out, result.metrics, result.curves, json)
+
+
+@train_app.command()
+@guarded
+def ppo(
+    workload: Annotated[list[str], typer.Option(help="a name or module:function; repeatable")],
+    out: OutOption,
+    init: InitOption = None,
+    budgets: Annotated[str, typer.Option(help="comma-separated; every episode draws one")] = "0.125,0.25",
+    timesteps: Annotated[int | None, typer.Option(help="decisions, counted per layer")] = None,
+    runs: Annotated[int | None, typer.Option(help="training runs at once; default: one per workload")] = None,
+    steps: StepsOption = None,
+    interval: Annotated[int, typer.Option(help="optimizer steps per decision")] = 10,
+    head: HeadOption = "rung",
+    recipe: RecipeOption = None,
+    change: SetOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Fine-tune with Stable-Baselines3's PPO on live training runs. Ctrl-C keeps the last weights."""
+    from train_policy.ppo import PpoArgs, import_sb3, train
+    from train_policy.recipes import from_recipe
+
+    import_sb3()
+    from mango_env.layer_vec_env import LayerVecEnv
+
+    chosen = {"total_timesteps": timesteps, "head": head, "seed": seed, **settings(change)}
+    args = from_recipe(PpoArgs, recipe_of("ppo", recipe, "default"), **chosen)
+    network = start_from(init, "mlp", seed)
+    sizes = parse_list(budgets, parse_budget, "--budgets")
+    env = LayerVecEnv(workload, n_runs=runs, horizon=steps, interval=interval, memory_budget=sizes, actions=head, seed=seed)
+    try:
+        result = train(network, env, args, checkpoint=out, progress=err_console.is_terminal)
+    finally:
+        env.close()
+    report_stage("PPO", out, result.metrics, result.curves, json)

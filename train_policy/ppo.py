@@ -6,7 +6,6 @@ result is used is decided by `train_policy.gate`, not here.
 """
 
 import math
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from mango.networks import PolicyNetwork
 from train_policy.fitting import Advance, TrainingInterrupted, progress_line, save_checkpoint
 from train_policy.seeding import borrowed_rng
-from train_policy.transfer import check_head, clone, from_sb3, sb3_policy_kwargs, to_sb3
+from train_policy.transfer import check_head, clone, from_sb3, import_sb3, sb3_policy_kwargs, to_sb3
 
 if TYPE_CHECKING:
     from stable_baselines3 import PPO
@@ -71,18 +70,6 @@ class PpoResult:
     @property
     def metrics(self) -> dict[str, float]:
         return dict(self.curves[-1]) if self.curves else {}
-
-
-def import_sb3() -> types.ModuleType:
-    """Stable-Baselines3, without the notice that the dead `gym` prints when SB3 finds it."""
-    from mango_env.adapters import quiet_gym
-
-    quiet_gym()
-    try:
-        import stable_baselines3
-    except ImportError as error:
-        raise ImportError('PPO needs Stable-Baselines3: pip install "mango-optim[train]"') from error
-    return stable_baselines3
 
 
 def build(network: PolicyNetwork, env: "VecEnv", args: PpoArgs) -> "PPO":

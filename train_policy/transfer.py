@@ -5,6 +5,7 @@ once for the critic) and a head as `action_net`. Checkpoints of SB3 (`.zip`) and
 whatever code their author put in: `convert` refuses them unless the caller vouches for the file.
 """
 
+import types
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mango.networks import PolicyNetwork
+from mango_env.adapters import import_d3rlpy, quiet_gym
 
 if TYPE_CHECKING:
     from train_policy.sb3_modules import AnchoredPolicy
@@ -39,15 +41,26 @@ def check_head(head: str) -> str:
     return head
 
 
+def import_sb3() -> types.ModuleType:
+    """Stable-Baselines3, without the notice that the dead `gym` prints when SB3 finds it."""
+    quiet_gym()
+    try:
+        import stable_baselines3
+    except ImportError as error:
+        raise ImportError('PPO needs Stable-Baselines3: pip install "mango-optim[train]"') from error
+    return stable_baselines3
+
+
 def sb3_policy_kwargs(network: PolicyNetwork) -> dict[str, Any]:
     """`policy_kwargs` with which SB3 builds an actor and a critic of this network's shape.
 
     Raises ValueError for a trunk with memory: SB3's PPO carries no state.
     """
-    from train_policy.sb3_modules import TrunkExtractor
-
     if network.architecture["architecture"] == "lstm":
         raise ValueError("PPO through Stable-Baselines3 carries no memory: it takes architecture 'mlp', got 'lstm'")
+    import_sb3()
+    from train_policy.sb3_modules import TrunkExtractor
+
     return {
         "features_extractor_class": TrunkExtractor,
         "features_extractor_kwargs": {"architecture": dict(network.architecture)},
@@ -115,8 +128,6 @@ def convert(path: str | Path, *, trust_pickle: bool = False) -> Converted:
 def _from_zip(file: Path) -> Converted:
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{file} is not a zip file; it is truncated or was not written by Stable-Baselines3")
-    from train_policy.ppo import import_sb3
-
     policy: Any = import_sb3().PPO.load(file, device="cpu").policy
     return from_sb3(policy)
 
@@ -125,9 +136,7 @@ def _from_d3(file: Path) -> Converted:
     from train_policy.d3rlpy_backend import network_of, register
 
     register()
-    import d3rlpy
-
-    return Converted(network_of(d3rlpy.load_learnable(str(file), device="cpu:0")), "rung")
+    return Converted(network_of(import_d3rlpy().load_learnable(str(file), device="cpu:0")), "rung")
 
 
 def greedy(network: PolicyNetwork, observations: torch.Tensor, head: str = "rung") -> torch.Tensor:
