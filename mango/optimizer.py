@@ -442,7 +442,7 @@ class MANGO(Optimizer):
         inner = getattr(self.policy, "state_dict", None)
         saved["mango"] = {
             "steps": self.steps, "skipped": self.skipped, "peak_lr": self._peak_lr, "usage": asdict(self.usage),
-            "price": self.budget.price, "losses": self.losses.state_dict(),
+            "price": self.budget.price, "budget": self.memory_budget, "losses": self.losses.state_dict(),
             "applied": [config.to_dict() for config in self.applied],
             "statistics": self.statistics.state_dict(), "generator": self.generator.get_state(),
             "policy": inner() if inner is not None else None,
@@ -477,6 +477,8 @@ class MANGO(Optimizer):
         self.steps, self.skipped, self._peak_lr = mine["steps"], mine["skipped"], mine["peak_lr"]
         self.usage, self.budget.price = Usage(**mine["usage"]), mine["price"]
         self.losses.load_state_dict(mine["losses"])
+        if self._budget_asked is None:                                  # a share of what was free then, not of what is free now
+            self.budget.total = mine["budget"]
         self.statistics.load_state_dict(mine["statistics"])
         self.generator.set_state(mine["generator"].cpu())
         inner = getattr(self.policy, "load_state_dict", None)

@@ -1,5 +1,6 @@
 """Every codec: its error bound, exact zeros, exact bytes, any scale, any shape, unbiased chance."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +32,23 @@ from mango.codecs import (
 NAMES = sorted(CODECS)
 BLOCKWISE = ("signed8", "nf4", "ternary2", "unsigned8", "log4", "bfloat16", "float32")
 DRAWS = ("nf4", "signed8", "ternary2", "unsigned8", "log4", "bfloat16")
-SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3, 0), (0, 4), (1, 1), (63,), (64,), (65,), (129,), (257,), (7, 19), (3, 5, 2, 2), (40, 33)]
-BF16 = 2.0**-8                           # a bfloat16 scale is off by half a unit of its 8-bit mantissa at most
+SHAPES: list[tuple[int, ...]] = [
+    (),
+    (0,),
+    (1,),
+    (3, 0),
+    (0, 4),
+    (1, 1),
+    (63,),
+    (64,),
+    (65,),
+    (129,),
+    (257,),
+    (7, 19),
+    (3, 5, 2, 2),
+    (40, 33),
+]
+BF16 = 2.0**-8  # a bfloat16 scale is off by half a unit of its 8-bit mantissa at most
 quick = settings(max_examples=60, deadline=None)
 
 
@@ -57,7 +73,7 @@ exponents = st.integers(-30, 18)
 def per_block(x: Tensor, block: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """A slow, obvious reference: the reduction of each block, repeated for its entries (N,)."""
     flat = x.reshape(-1)
-    return torch.cat([reduce(part).expand(part.numel()) for part in flat.split(block)]) if flat.numel() else flat
+    return torch.cat([reduce(part).expand(part.numel()) for part in flat.split(block)]) if flat.numel() else flat  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +110,7 @@ def test_signed8_error_is_at_most_a_bin(values: list[float], exponent: int, seed
     absmax = per_block(x, 128, lambda part: part.abs().max())
     code = (x.abs() / absmax.clamp(min=1e-45) / (1 - BF16)).clamp(max=1).sqrt() * 127
     gap = (2 * code + 2) / 127**2 * absmax * (1 + BF16)
-    bound = gap * (0.5 if seed is None else 1.0) + BF16 * x.abs()               # and the scale may fall short of the largest
+    bound = gap * (0.5 if seed is None else 1.0) + BF16 * x.abs()  # and the scale may fall short of the largest
     assert ((decoded - x).abs() <= bound * (1 + 1e-5)).all()
 
 
@@ -103,7 +119,7 @@ def test_signed8_error_is_at_most_a_bin(values: list[float], exponent: int, seed
 def test_nf4_error_is_at_most_the_widest_bin(values: list[float], exponent: int, seed: int | None) -> None:
     x = scaled(values, exponent)
     decoded = CODECS["nf4"].encode(x, None if seed is None else Generator().manual_seed(seed)).decode()
-    widest = max(b - a for a, b in zip(NF4_LEVELS, NF4_LEVELS[1:], strict=False))
+    widest = max(b - a for a, b in itertools.pairwise(NF4_LEVELS))
     absmax = per_block(x, 64, lambda part: part.abs().max())
     bound = absmax * (1 + BF16) * widest * (0.5 if seed is None else 1.0) + BF16 * x.abs()
     assert ((decoded - x).abs() <= bound * (1 + 1e-5)).all()
@@ -116,7 +132,7 @@ def test_unsigned8_error_is_at_most_a_bin_and_only_zero_is_zero(values: list[flo
     enc = CODECS["unsigned8"].encode(x, None if seed is None else Generator().manual_seed(seed))
     most = per_block(x, 256, lambda part: part.max())
     gap = (2 * (x / most.clamp(min=1e-45)).sqrt() * 255 + 2) / 255**2 * most
-    raised = most / 255**2                                                      # what is not zero is raised to the first level
+    raised = most / 255**2  # what is not zero is raised to the first level
     bound = torch.maximum(gap * (0.5 if seed is None else 1.0), raised)
     assert ((enc.decode() - x).abs() <= bound * (1 + 1e-5)).all()
     assert torch.equal(enc.parts["codes"] > 0, x > 0)
@@ -146,7 +162,7 @@ def test_relative_error_does_not_depend_on_the_scale(name: str, exponent: int) -
     factor = 2.0 ** round(exponent * math.log2(10))
     one, other = CODECS[name].encode(x).decode(), CODECS[name].encode(x * factor).decode()
     assert ((other / factor - one).norm() <= 2e-3 * one.norm()) and other.isfinite().all()
-    if name != "log4":                                       # its levels pass through log and exp
+    if name != "log4":  # its levels pass through log and exp
         assert torch.equal(other / factor, one) or exponent == -30
 
 
@@ -189,11 +205,11 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
     """The mean over n draws is within 6 standard errors of x: a draw deviates by at most its bin (Popoviciu: sd <= bin / 2)."""
     n, x = 4000, sample((256,), name=name).clamp(min=1e-3) if nonnegative(name) else sample((256,))
     if name == "ternary2":
-        x = x.clamp(-0.8, 0.8)                               # beyond 1.5 rms, the level, it saturates by design
-    block = x.repeat(n, 1).reshape(-1)                       # blocks divide 256, so every draw has the same scales
+        x = x.clamp(-0.8, 0.8)  # beyond 1.5 rms, the level, it saturates by design
+    block = x.repeat(n, 1).reshape(-1)  # blocks divide 256, so every draw has the same scales
     draws = CODECS[name].encode(block, Generator().manual_seed(0)).decode().view(n, -1)
     nearest_two = draws.amax(0) - draws.amin(0)
-    inside = (x <= draws.amax(0)) & (x >= draws.amin(0))     # all but entries cut by a scale that was rounded down
+    inside = (x <= draws.amax(0)) & (x >= draws.amin(0))  # all but entries cut by a scale that was rounded down
     tolerance = 6 * 0.5 * nearest_two / math.sqrt(n) + 1e-6 * x.abs()
     bias = (draws.mean(0) - x).abs()
     assert (bias <= tolerance)[inside].all() and inside.float().mean() > 0.95
@@ -213,7 +229,7 @@ def test_views_and_half_precision_are_encoded_like_their_dense_copies(name: str)
     for view in (base.T, base[::2, 1::3], base[:, 0], base.to(torch.bfloat16), base.double()):
         direct, dense = CODECS[name].encode(view), CODECS[name].encode(view.float().clone(memory_format=torch.contiguous_format))
         one, other = direct.decode(), dense.decode()
-        same = torch.allclose(one, other, rtol=1e-6, atol=0) if name == "factored" else torch.equal(one, other)   # sums reorder
+        same = torch.allclose(one, other, rtol=1e-6, atol=0) if name == "factored" else torch.equal(one, other)  # sums reorder
         assert same and direct.nbytes == CODECS[name].nbytes(tuple(view.shape))
 
 
@@ -253,7 +269,7 @@ def test_a8_sparse_codes_keep_the_largest_entries_in_their_places(bits: int, spa
     dense = torch.zeros(n)
     dense[places] = SIGNED[bits].encode(x[places]).decode()
     assert torch.equal(enc.decode(), dense) and enc.nbytes == codec.nbytes((n,))
-    if bits >= 8:                                            # coarser codes may round a kept entry to zero
+    if bits >= 8:  # coarser codes may round a kept entry to zero
         assert abs((enc.decode() == 0).double().mean() - sparsity) <= 1 / n or n == 1
 
 

@@ -9,7 +9,14 @@ from torch.nn import Parameter
 from mango import MANGO, CompressionConfig
 from mango.config import FULL, LADDER
 
-CONFIGS = [FULL, LADDER[1], LADDER[2], LADDER[5], LADDER[7], CompressionConfig(gradient_bits=4, sparsity=0.9, momentum_bits=8, variance_bits=8)]
+CONFIGS = [
+    FULL,
+    LADDER[1],
+    LADDER[2],
+    LADDER[5],
+    LADDER[7],
+    CompressionConfig(gradient_bits=4, sparsity=0.9, momentum_bits=8, variance_bits=8),
+]
 
 
 def states_are_finite(optimizer: MANGO) -> bool:
@@ -26,7 +33,9 @@ def feed(params: list[Parameter], step: int) -> None:
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("first", [0, 3])
-def test_a_layer_whose_gradient_is_not_finite_is_skipped(config: CompressionConfig, fault: float, release: bool, first: int) -> None:
+def test_a_layer_whose_gradient_is_not_finite_is_skipped(
+    config: CompressionConfig, fault: float, release: bool, first: int
+) -> None:
     params = [Parameter(torch.ones(40, 40)), Parameter(torch.ones(40, 40)), Parameter(torch.ones(7))]
     optimizer = MANGO(params, policy=config, policy_update_freq=2, release_gradients=release)
     for step in range(6):
@@ -39,7 +48,9 @@ def test_a_layer_whose_gradient_is_not_finite_is_skipped(config: CompressionConf
         optimizer.step()
         if step == first:
             assert optimizer.skipped == 2
-            assert torch.equal(before[0], params[0]) and torch.equal(before[2], params[2]) and not torch.equal(before[1], params[1])
+            assert (
+                torch.equal(before[0], params[0]) and torch.equal(before[2], params[2]) and not torch.equal(before[1], params[1])
+            )
             now = optimizer.state[params[0]]["tensor"].encoded
             assert all(torch.equal(now[slot].decode(), dense) for slot, dense in states.items())
         assert states_are_finite(optimizer) and optimizer.observe().isfinite().all()
@@ -65,16 +76,16 @@ def test_one_broken_micro_batch_skips_the_accumulated_step_and_no_further_one() 
     param = Parameter(torch.ones(40, 40))
     optimizer = MANGO([param], policy=FULL, release_gradients=True)
     for factor in (1.0, math.nan, 1.0):
-        (param * factor).sum().backward()
+        (param * factor).sum().backward()  # type: ignore[no-untyped-call]
     before = param.detach().clone()
     optimizer.step()
     assert torch.equal(before, param) and optimizer.skipped == 1
-    (param * 1.0).sum().backward()
+    (param * 1.0).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert not torch.equal(before, param) and optimizer.skipped == 1
-    (param * math.nan).sum().backward()
-    optimizer.zero_grad()                                                        # forgets the broken one too
-    (param * 1.0).sum().backward()
+    (param * math.nan).sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.zero_grad()  # forgets the broken one too
+    (param * 1.0).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert optimizer.skipped == 1
 
@@ -111,5 +122,5 @@ def test_a_policy_that_fails_does_not_leave_the_optimizer_broken() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="no answer"):
         optimizer.step()
-    optimizer.step()                                                             # between decisions all goes on
+    optimizer.step()  # between decisions all goes on
     assert optimizer.applied == [FULL] and optimizer.steps == 3 and param.isfinite().all()

@@ -34,7 +34,9 @@ def network() -> nn.Sequential:
 
 def build(options: dict[str, Any]) -> tuple[nn.Sequential, MANGO]:
     model = network()
-    return model, MANGO(model.named_parameters(), **({"lr": 1e-2, "policy_update_freq": 4, "total_steps": 60, "memory_budget": 3.0} | options))
+    return model, MANGO(
+        model.named_parameters(), **({"lr": 1e-2, "policy_update_freq": 4, "total_steps": 60, "memory_budget": 3.0} | options)
+    )
 
 
 def go(model: nn.Module, optimizer: MANGO, steps: range) -> list[Tensor]:
@@ -66,7 +68,10 @@ def test_a26_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name: str, s
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ahead, again, strict=True))
     assert resumed.applied == optimizer.applied and resumed.steps == optimizer.steps
-    assert resumed.memory_report() == optimizer.memory_report() and resumed.get_compression_stats() == optimizer.get_compression_stats()
+    assert (
+        resumed.memory_report() == optimizer.memory_report()
+        and resumed.get_compression_stats() == optimizer.get_compression_stats()
+    )
     one, two = optimizer.state_dict(), resumed.state_dict()
     assert torch.equal(one["mango"]["generator"], two["mango"]["generator"])
     for index in one["state"]:
@@ -82,7 +87,9 @@ def test_a26_held_gradients_survive_a_checkpoint_between_micro_batches() -> None
         model(torch.ones(2, 16)).square().sum().backward()
         if interrupt:
             state = copy.deepcopy(optimizer.state_dict())
-            optimizer = MANGO(model.named_parameters(), lr=1e-2, policy_update_freq=4, total_steps=60, memory_budget=3.0, **CASES["release"])
+            optimizer = MANGO(
+                model.named_parameters(), lr=1e-2, policy_update_freq=4, total_steps=60, memory_budget=3.0, **CASES["release"]
+            )
             optimizer.load_state_dict(state)
         optimizer.step()
         finals.append([p.detach().clone() for p in model.parameters()])
@@ -157,7 +164,7 @@ def test_foreign_and_ill_shaped_state_dicts_are_refused_in_words() -> None:
     adamw = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="not MANGO's"):
         optimizer.load_state_dict(adamw.state_dict())
-    with pytest.raises(ValueError, match="1 layers|2 layers"):
+    with pytest.raises(ValueError, match=r"has 2 layers, this optimizer 1"):
         MANGO(network().parameters(), min_numel=2000).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError):
         MANGO([Parameter(torch.zeros(64, 32))]).load_state_dict(optimizer.state_dict())
@@ -172,9 +179,12 @@ def test_learning_rates_and_groups_come_back() -> None:
     model, optimizer = build(CASES["full"])
     optimizer.param_groups[0]["lr"] = 0.123
     other, resumed = build(CASES["full"])
+    other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     go(other, resumed, range(1))
     resumed.param_groups[0]["lr"] = 0.0
     before = [p.detach().clone() for p in other.parameters()]
     go(other, resumed, range(1, 3))
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))      # the loaded group is the one that counts
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True)
+    )  # the loaded group is the one that counts

@@ -94,7 +94,7 @@ def test_c3_random_actions_are_legal_and_reach_the_whole_menu() -> None:
     actions = random_action(2000, torch.Generator().manual_seed(0))
     assert actions.shape == (2000, len(KNOBS)) and actions.dtype == torch.int64
     for column, n in enumerate(NVEC):
-        assert actions[:, column].unique().tolist() == list(range(n))
+        assert actions[:, column].unique().tolist() == list(range(n))  # type: ignore[no-untyped-call]
 
 
 def test_c4_two_layers_get_different_configs_in_one_step() -> None:
@@ -138,7 +138,9 @@ def test_a21_the_default_starts_at_full_precision_and_adapts() -> None:
 
 def test_a22_the_heuristic_s_own_decision_is_the_one_applied() -> None:
     policy = AdaptiveCompressionPolicy()
-    optimizer = MANGO([Parameter(torch.ones(64, 64))], policy_net=policy, error_feedback=True, policy_update_freq=10, total_steps=100)
+    optimizer = MANGO(
+        [Parameter(torch.ones(64, 64))], policy_net=policy, error_feedback=True, policy_update_freq=10, total_steps=100
+    )
     pairs: list[tuple[list[CompressionConfig], list[CompressionConfig]]] = []
     optimizer.register_decision_hook(lambda d: pairs.append((policy.act(d.observation), d.applied)))
     train(optimizer, 100)
@@ -209,7 +211,9 @@ def test_a19_the_policy_is_consulted_every_n_steps_and_its_last_action_stays_in_
     logged: list[str] = []
     train(optimizer, 450, lambda: logged.append(optimizer.applied[0].name))
     assert policy.calls == 4
-    assert logged == ["full"] * 99 + [LADDER[1].name] * 100 + [LADDER[2].name] * 100 + [LADDER[3].name] * 100 + [LADDER[4].name] * 51
+    assert (
+        logged == ["full"] * 99 + [LADDER[1].name] * 100 + [LADDER[2].name] * 100 + [LADDER[3].name] * 100 + [LADDER[4].name] * 51
+    )
 
 
 def test_holding_changes_nothing_but_observes() -> None:
@@ -284,8 +288,9 @@ def test_named_policies_act_on_the_optimizer_s_own_ladder(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "message"),
-    [(torch.zeros(3, 5), "rung scores have shape"), (torch.full((3, 11), torch.nan), "nan"), (torch.full((3, 11), torch.inf), "inf"),
-     (torch.full((3, 11), -torch.inf), "every rung of layer 0 is forbidden"), (torch.zeros(2, 7, dtype=torch.int64), "actions have shape"),
+    [(torch.zeros(3, 5), "rung scores have shape"), (torch.full((3, 11), torch.nan), "nan"),
+     (torch.full((3, 11), torch.inf), "inf"), (torch.full((3, 11), -torch.inf), "every rung of layer 0 is forbidden"),
+     (torch.zeros(2, 7, dtype=torch.int64), "actions have shape"),
      (torch.full((3, 7), 9), "outside"), ({"momentum_bits": 5}, "not on the menu")],
 )  # fmt: skip
 def test_unusable_decisions_say_what_was_expected(choice: Any, message: str) -> None:

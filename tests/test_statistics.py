@@ -49,7 +49,7 @@ def test_b2_gradient_variance_is_of_the_gradients_not_of_their_norms(window: int
     """All of a small tensor is sampled, so the streamed variance is exact."""
     params, optimizer = make([(4, 4)])
     series = draws((4, 4), window) * 1e-3
-    series = series / series.flatten(1).norm(dim=1)[:, None, None]                   # equal norms: their variance is zero
+    series = series / series.flatten(1).norm(dim=1)[:, None, None]  # equal norms: their variance is zero
     for gradient in series:
         feed(params, optimizer, [gradient])
     expected = series.flatten(1).var(0).mean()
@@ -71,7 +71,7 @@ def test_samples_reach_all_columns_and_the_whole_tensor(rows: int, columns: int)
     stride, count = sample_stride(rows * columns, columns)
     places = torch.arange(count) * stride
     assert 16 <= count <= 256 and places.max() < rows * columns and places.max() > 0.5 * rows * columns
-    assert len((places % columns).unique()) >= min(count, columns) // 2
+    assert len((places % columns).unique()) >= min(count, columns) // 2  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("config", [CompressionConfig(), CompressionConfig(momentum_bits=16, variance_bits=16)])
@@ -84,7 +84,7 @@ def test_b3_momentum_alignment_is_the_cosine(config: CompressionConfig) -> None:
     for gradient in series:
         exp_avg.lerp_(gradient, 0.1)
     expected = torch.nn.functional.cosine_similarity(exp_avg.flatten(), series[-1].flatten(), dim=0)
-    tolerance = 1e-5 if config.momentum_bits == 32 else 2.0**-8                      # bfloat16 moments before the last step
+    tolerance = 1e-5 if config.momentum_bits == 32 else 2.0**-8  # bfloat16 moments before the last step
     assert abs(float(column(optimizer, "momentum_alignment")) - float(expected)) < tolerance
 
 
@@ -95,10 +95,11 @@ def test_b4_curvature_on_a_quadratic_matches_the_analytic_value() -> None:
     optimizer = MANGO([x], lr=0.01, policy="hold", policy_update_freq=4, min_numel=1)
     path, losses = [], []
     for _ in range(4):
+
         def closure() -> float:
             optimizer.zero_grad()
             loss = c / 2 * x.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss.item()
 
         path.append(x.detach().clone())
@@ -117,11 +118,11 @@ def test_b5_progress_is_the_true_fraction_of_training() -> None:
     for gradient in draws((4, 4), 500):
         feed(params, optimizer, [gradient])
     assert seen == [0.5, 1.0]
-    assert float(column(make([(4, 4)])[1], "progress")) == 0.0                      # unknown length
+    assert float(column(make([(4, 4)])[1], "progress")) == 0.0  # unknown length
 
 
 def test_b6_depth_count_and_kind_are_in_the_observation() -> None:
-    names = ["conv.weight", "wte.weight", "norm.weight", "fc.weight"]             # the last matrix is the head
+    names = ["conv.weight", "wte.weight", "norm.weight", "fc.weight"]  # the last matrix is the head
     shapes = [(8, 4, 3, 3), (50, 8), (32,), (16, 8)]
     params = [Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = MANGO(zip(names, params, strict=True), min_numel=1)
@@ -162,7 +163,7 @@ def test_b15_statistics_take_the_same_bytes_after_a_thousand_steps() -> None:
         feed(params, optimizer, gradients[step % 7])
     assert optimizer.statistics.nbytes == statistics and optimizer.state_bytes() == total
     held = optimizer.statistics.__dict__
-    assert not held["_taken"] and not held["_pending"]                               # nothing dense is kept between steps
+    assert not held["_taken"] and not held["_pending"]  # nothing dense is kept between steps
 
 
 def test_successive_cosines_and_noise_scale_match_their_definitions() -> None:
@@ -171,7 +172,7 @@ def test_successive_cosines_and_noise_scale_match_their_definitions() -> None:
     for gradient in series[:15]:
         feed(params, optimizer, [gradient])
     flat = series[:15].flatten(1)
-    cosines = torch.nn.functional.cosine_similarity(flat[7:14], flat[8:15])          # the window began with the 9th gradient
+    cosines = torch.nn.functional.cosine_similarity(flat[7:14], flat[8:15])  # the window began with the 9th gradient
     assert float(column(optimizer, "grad_cosine")) == pytest.approx(float(cosines.mean()), abs=1e-5)
     window = flat[8:]
     variance, mean_square = window.var(0).mean(), window.mean(0).square().mean()
@@ -217,7 +218,11 @@ def test_format_errors_fall_with_bits_and_were_measured() -> None:
 def test_the_error_in_force_is_that_of_storing() -> None:
     """At full precision nothing is lost; at lower bits more is."""
     found = []
-    for config in (CompressionConfig(), CompressionConfig(momentum_bits=8, variance_bits=8), CompressionConfig(momentum_bits=2, variance_bits=0)):
+    for config in (
+        CompressionConfig(),
+        CompressionConfig(momentum_bits=8, variance_bits=8),
+        CompressionConfig(momentum_bits=2, variance_bits=0),
+    ):
         params, optimizer = make([(64, 64)], freq=10, policy=config)
         for gradient in draws((64, 64), 10):
             feed(params, optimizer, [gradient])

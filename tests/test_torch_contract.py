@@ -39,7 +39,8 @@ def network() -> nn.Sequential:
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
-    return (model(x) - x[:, :4].square()).square().mean()
+    loss: Tensor = (model(x) - x[:, :4].square()).square().mean()
+    return loss
 
 
 def held_out(model: nn.Module) -> float:
@@ -50,13 +51,17 @@ def held_out(model: nn.Module) -> float:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
 def test_a1_groups_with_their_own_rates_and_a_scheduler_train(config: CompressionConfig) -> None:
     model = network()
-    optimizer = MANGO([{"params": model[0].parameters(), "lr": 1e-2}, {"params": model[2:].parameters(), "weight_decay": 0.1}], lr=1e-3, policy=config)
+    optimizer = MANGO(
+        [{"params": model[0].parameters(), "lr": 1e-2}, {"params": model[2:].parameters(), "weight_decay": 0.1}],
+        lr=1e-3,
+        policy=config,
+    )
     assert isinstance(optimizer, torch.optim.Optimizer)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.5)
     start = held_out(model)
     for step in range(60):
         optimizer.zero_grad()
-        loss_of(model, step).backward()
+        loss_of(model, step).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2 / 8, 1e-3 / 8]
@@ -66,9 +71,13 @@ def test_a1_groups_with_their_own_rates_and_a_scheduler_train(config: Compressio
 def test_a1_groups_and_schedulers_match_torch_s_adamw() -> None:
     mine, theirs = params_of((40, 40), (30,)), params_of((40, 40), (30,))
     pairs: list[tuple[list[Parameter], torch.optim.Optimizer, Any]] = []
-    for params, kind in ((mine, MANGO), (theirs, torch.optim.AdamW)):
-        groups = [{"params": params[:1], "lr": 0.1, "betas": (0.8, 0.9)}, {"params": params[1:], "weight_decay": 0.2, "eps": 1e-3}]
-        optimizer = kind(groups, lr=0.01, weight_decay=0.0, **({"policy": FULL} if kind is MANGO else {}))
+    kinds: list[tuple[list[Parameter], Any, dict[str, Any]]] = [(mine, MANGO, {"policy": FULL}), (theirs, torch.optim.AdamW, {})]
+    for params, kind, more in kinds:
+        groups = [
+            {"params": params[:1], "lr": 0.1, "betas": (0.8, 0.9)},
+            {"params": params[1:], "weight_decay": 0.2, "eps": 1e-3},
+        ]
+        optimizer = kind(groups, lr=0.01, weight_decay=0.0, **more)
         pairs.append((params, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)))
     for step in range(30):
         for params, optimizer, scheduler in pairs:
@@ -83,7 +92,10 @@ def test_a1_groups_and_schedulers_match_torch_s_adamw() -> None:
 def test_a1_maximize_and_tensor_rates_match_torch_s(maximize: bool, tensor_lr: bool) -> None:
     mine, theirs = params_of((40, 40)), params_of((40, 40))
     lr: Any = torch.tensor(0.01) if tensor_lr else 0.01
-    one, other = MANGO(mine, lr=lr, maximize=maximize, policy=FULL), torch.optim.AdamW(theirs, lr=0.01, maximize=maximize, weight_decay=0)
+    one, other = (
+        MANGO(mine, lr=lr, maximize=maximize, policy=FULL),
+        torch.optim.AdamW(theirs, lr=0.01, maximize=maximize, weight_decay=0),
+    )
     for step in range(20):
         feed(mine, step)
         feed(theirs, step)
@@ -106,7 +118,7 @@ def test_a1_closures_give_back_their_loss_and_tell_it_to_the_statistics() -> Non
     def closure() -> float:
         optimizer.zero_grad()
         loss = params[0].square().mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
     losses = [optimizer.step(closure) for _ in range(4)]
@@ -117,21 +129,23 @@ def test_a1_closures_give_back_their_loss_and_tell_it_to_the_statistics() -> Non
 def test_a1_a_closure_may_return_nothing() -> None:
     params = params_of((40, 40))
     optimizer = MANGO(params)
-    optimizer.step(lambda: feed(params, 0))                                       # type: ignore[arg-type, return-value]
+    optimizer.step(lambda: feed(params, 0))  # type: ignore[arg-type, return-value]
     assert optimizer.steps == 1
 
 
 def test_a1_zero_grad_and_step_hooks() -> None:
-    params, calls = params_of((40, 40)), []
+    params = params_of((40, 40))
+    calls: list[str] = []
     optimizer = MANGO(params)
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     feed(params, 0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    assert calls == ["before", "after"] and params[0].grad is not None and not params[0].grad.any()
+    zeroed = params[0].grad
+    assert calls == ["before", "after"] and zeroed is not None and not zeroed.any()
     optimizer.zero_grad()
-    assert params[0].grad is None and "MANGO" in repr(optimizer)
+    assert all(p.grad is None for p in params) and "MANGO" in repr(optimizer)
 
 
 def test_a1_decision_hooks_can_be_removed() -> None:
@@ -166,7 +180,8 @@ def test_a1_an_empty_list_is_refused_and_an_empty_group_is_not() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         MANGO([])
     params = params_of((40, 40))
-    optimizer = MANGO([{"params": []}, {"params": params}])
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": params}]
+    optimizer = MANGO(groups)
     feed(params, 0)
     optimizer.step()
 
@@ -260,9 +275,13 @@ def test_float64_parameters_keep_their_precision() -> None:
 def test_sparse_gradients_and_complex_parameters_are_type_errors(release: bool) -> None:
     embedding = nn.Embedding(50, 32, sparse=True)
     optimizer = MANGO(embedding.parameters(), release_gradients=release)
-    with pytest.raises(TypeError, match=r"sparse gradient.*Embedding\(sparse=False\)"):
+
+    def go() -> None:
         embedding(torch.tensor([1, 2])).sum().backward()
         optimizer.step()
+
+    with pytest.raises(TypeError, match=r"sparse gradient.*Embedding\(sparse=False\)"):
+        go()
     with pytest.raises(TypeError, match="view_as_real"):
         MANGO([Parameter(torch.zeros(3, dtype=torch.complex64))], release_gradients=release)
 
@@ -280,13 +299,13 @@ def test_a_copy_goes_on_as_the_original_would_and_leaves_it_alone(how: Any, rele
     def go(model: nn.Module, optimizer: MANGO, steps: range) -> list[Parameter]:
         for step in steps:
             optimizer.zero_grad()
-            loss_of(model, step).backward()
+            loss_of(model, step).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return list(model.parameters())
 
     go(model, optimizer, range(5))
     scheduler.step()
-    both = how((model, optimizer))                                               # the parameters are shared within the copy
+    both = how((model, optimizer))  # the parameters are shared within the copy
     before = optimizer.steps, [p.detach().clone() for p in model.parameters()]
     copied = go(both[0], both[1], range(5, 12))
     assert (optimizer.steps, both[1].steps) == (5, 12)
@@ -308,12 +327,14 @@ def test_two_runs_from_one_seed_are_bit_equal_and_leave_the_global_generator_alo
     assert torch.equal(before, torch.get_rng_state())
 
 
-def run(release: bool, config: CompressionConfig, micro: int = 1, clip: float | None = None, steps: int = 12) -> tuple[list[Parameter], list[float]]:
+def run(
+    release: bool, config: CompressionConfig, micro: int = 1, clip: float | None = None, steps: int = 12
+) -> tuple[list[Parameter], list[float]]:
     model, norms = network(), []
     optimizer = MANGO(model.parameters(), lr=1e-2, policy=config, release_gradients=release)
     for step in range(steps):
         for part in range(micro):
-            (loss_of(model, step * micro + part) / micro).backward()
+            (loss_of(model, step * micro + part) / micro).backward()  # type: ignore[no-untyped-call]
             assert all((p.grad is None) == release for p in model.parameters())
         if clip is not None:
             norms.append(float(optimizer.clip_grad_norm(clip)))
@@ -336,11 +357,11 @@ def test_released_gradients_are_clipped_by_their_global_norm() -> None:
 def test_clipping_twice_keeps_the_smaller_and_zero_grad_forgets() -> None:
     model = network()
     optimizer = MANGO(model.parameters(), policy=FULL, release_gradients=True)
-    loss_of(model, 0).backward()
+    loss_of(model, 0).backward()  # type: ignore[no-untyped-call]
     before = optimizer.clip_grad_norm(1e-3)
     assert float(optimizer.clip_grad_norm(1.0)) == pytest.approx(1e-3, rel=1e-2) and before > 1e-2
     optimizer.zero_grad()
-    loss_of(model, 0).backward()
+    loss_of(model, 0).backward()  # type: ignore[no-untyped-call]
     assert float(optimizer.clip_grad_norm(1e9)) == pytest.approx(float(before))
 
 
@@ -352,7 +373,7 @@ def test_released_gradients_at_fewer_bits_train_close_to_plain_ones(bits: int) -
         for step in range(100):
             optimizer.zero_grad()
             for part in range(2):
-                (loss_of(model, 2 * step + part) / 2).backward()
+                (loss_of(model, 2 * step + part) / 2).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return sum(loss_of(model, 1000 + i).item() for i in range(20))
 
@@ -370,7 +391,7 @@ def test_released_mode_takes_gradients_set_by_hand_and_parameters_unfrozen_later
     optimizer.step()
     reference.step()
     params[0].requires_grad_(True)
-    params[0].square().sum().backward()
+    params[0].square().sum().backward()  # type: ignore[no-untyped-call]
     theirs[0].grad, theirs[1].grad = 2 * theirs[0].detach(), None
     optimizer.step()
     reference.step()
@@ -381,7 +402,7 @@ def test_released_mode_bears_parameters_that_never_get_a_gradient() -> None:
     model = network()
     model[0].weight.requires_grad_(False)
     optimizer = MANGO(model.parameters(), release_gradients=True)
-    loss_of(model, 0).backward()
+    loss_of(model, 0).backward()  # type: ignore[no-untyped-call]
     optimizer.clip_grad_norm(1.0)
     optimizer.zero_grad()
     assert optimizer.state_bytes() <= optimizer.memory_budget

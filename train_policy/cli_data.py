@@ -64,7 +64,8 @@ def reward_of(text: str) -> Any:
     weights = parse_list(text, float, "--reward")
     if len(weights) != 3:
         raise ValueError(f"--reward {text!r} has {len(weights)} weights; give alpha,beta,gamma")
-    return Reward(*weights)
+    alpha, beta, gamma = weights
+    return Reward(alpha=alpha, beta=beta, gamma=gamma)
 
 
 @data_app.command()
@@ -90,7 +91,8 @@ def split(
         if not equals or not name.strip():
             raise ValueError(f"--parts: {item!r} is not name=fraction")
     roots = part(store, out, by=by, fractions=fractions, seed=seed)
-    emit(json, {name: str(root) for name, root in roots.items()}, lambda: [console.print(f"wrote {r}") for r in roots.values()])
+    paths = {name: str(root) for name, root in roots.items()}
+    emit(json, paths, lambda: console.print("\n".join(f"wrote {path}" for path in paths.values()), highlight=False))
 
 
 @data_app.command()

@@ -139,6 +139,35 @@ def bc(
 
 @train_app.command()
 @guarded
+def offline(
+    data: DataOption,
+    out: OutOption,
+    algo: Annotated[str, typer.Option(help="iql, awr, cql, d3rlpy-discrete-cql, d3rlpy-iql, d3rlpy-td3+bc")] = "iql",
+    init: InitOption = None,
+    architecture: Annotated[str, typer.Option(help="of a new network: mlp or lstm")] = "mlp",
+    updates: Annotated[int | None, typer.Option(help="gradient steps")] = None,
+    head: HeadOption = "rung",
+    recipe: RecipeOption = None,
+    change: SetOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Offline reinforcement learning: improve on what was recorded. Ctrl-C keeps the last weights."""
+    from mango_env.cache import build_cache
+    from train_policy.offline import ALGOS, OfflineArgs, train
+    from train_policy.recipes import from_recipe
+
+    if algo not in ALGOS:
+        raise ValueError(f"unknown algorithm {algo!r}; known: {', '.join(ALGOS)}")
+    chosen = {"algo": algo, "updates": updates, "head": head, "seed": seed, **settings(change)}
+    args = from_recipe(OfflineArgs, recipe_of("offline", recipe, algo), **chosen)
+    network = start_from(init, architecture, seed)
+    result = train(network, build_cache(data), args, checkpoint=out, progress=err_console.is_terminal)
+    report_stage(f"Offline: {algo}", out, result.metrics, result.curves, json)
+
+
+@train_app.command()
+@guarded
 def ppo(
     workload: Annotated[list[str], typer.Option(help="a name or module:function; repeatable")],
     out: OutOption,
@@ -155,14 +184,15 @@ def ppo(
     json: JsonOption = None,
 ) -> None:
     """Fine-tune with Stable-Baselines3's PPO on live training runs. Ctrl-C keeps the last weights."""
-    from train_policy.ppo import PpoArgs, import_sb3, train
+    from train_policy.ppo import PpoArgs, train
     from train_policy.recipes import from_recipe
+    from train_policy.transfer import import_sb3
 
     import_sb3()
     from mango_env.layer_vec_env import LayerVecEnv
 
     chosen = {"total_timesteps": timesteps, "head": head, "seed": seed, **settings(change)}
-    args = from_recipe(PpoArgs, recipe_of("ppo", recipe, "default"), **chosen)
+    args = from_recipe(PpoArgs, recipe_of("ppo", recipe, "LayerVecEnv"), **chosen)
     network = start_from(init, "mlp", seed)
     sizes = parse_list(budgets, parse_budget, "--budgets")
     env = LayerVecEnv(workload, n_runs=runs, horizon=steps, interval=interval, memory_budget=sizes, actions=head, seed=seed)

@@ -183,9 +183,8 @@ def network_of(algo: Any) -> PolicyNetwork:
     (`bring_back`).
     """
     modules = algo.impl.modules
-    values = getattr(modules, "q_funcs", None)
-    discrete = values is not None and not hasattr(modules, "policy")
-    if not discrete or not hasattr(values[0], "_fc") or not hasattr(values[0]._encoder, "trunk"):
+    values: Any = getattr(modules, "q_funcs", [None])
+    if hasattr(modules, "policy") or not hasattr(values[0], "_fc") or not hasattr(values[0]._encoder, "trunk"):
         raise ValueError(
             f"the d3rlpy algorithm is {type(algo).__name__}; only discrete action values on our trunk (DiscreteCQL by "
             "train_policy.d3rlpy_backend) become a policy without data"

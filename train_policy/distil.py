@@ -10,6 +10,8 @@ from mango.config import LADDER, NVEC, Ladder
 from mango.networks import PolicyNetwork
 from mango.trunks import LstmTrunk
 
+LEAST_UPDATES = 300
+
 
 @cache
 def rung_knobs(ladder: Ladder = LADDER) -> Tensor:
@@ -49,14 +51,14 @@ def distil(
     rungs: Tensor | None = None,
     knobs: Tensor | None = None,
     values: Tensor | None = None,
-    epochs: int = 1,
+    updates: int | None = None,
     batch_size: int = 256,
     lr: float = 1e-2,
     seed: int = 0,
 ) -> None:
     """Train heads in place towards targets: rung probabilities (N, R), knob probabilities (N, 31), values (N,).
 
-    Only heads with a target change. Observations are (N, 64), seen one by one: a trunk with memory is refused.
+    Only heads with a target change. `updates`: None means one pass, of small data as many as make `LEAST_UPDATES`. Observations are (N, 64), seen one by one: a trunk with memory is refused.
     """
     if isinstance(network.trunk, LstmTrunk):
         raise ValueError("distillation sees single observations; an LSTM needs sequences: use architecture 'mlp'")
@@ -67,23 +69,23 @@ def distil(
         features: Tensor = network.trunk(observations)
     optimizer = torch.optim.Adam([p for head, _ in jobs for p in head.parameters()], lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(features), generator=generator).split(batch_size):  # type: ignore[no-untyped-call]
-            loss = torch.zeros(())
-            for head, target in jobs:
-                output = head(features[rows])
-                if head is network.value_head:
-                    loss = loss + F.mse_loss(output.squeeze(1), target[rows])
-                else:
-                    sizes = [output.shape[1]] if head is network.rung_head else list(NVEC)
-                    logs = torch.cat([part.log_softmax(1) for part in output.split(sizes, 1)], 1)
-                    loss = loss - (target[rows] * logs).sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+    for _ in range(updates if updates is not None else max(LEAST_UPDATES, len(features) // batch_size)):
+        rows = torch.randint(len(features), (batch_size,), generator=generator)
+        loss = torch.zeros(())
+        for head, target in jobs:
+            output = head(features[rows])
+            if head is network.value_head:
+                loss = loss + F.smooth_l1_loss(output.squeeze(1), target[rows])
+            else:
+                sizes = [output.shape[1]] if head is network.rung_head else list(NVEC)
+                logs = torch.cat([part.log_softmax(1) for part in output.split(sizes, 1)], 1)
+                loss = loss - (target[rows] * logs).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
 
-def adopt_values(network: PolicyNetwork, weight: Tensor, bias: Tensor, observations: Tensor, *, seed: int = 0, epochs: int = 1) -> float:
+def adopt_values(network: PolicyNetwork, weight: Tensor, bias: Tensor, observations: Tensor, *, seed: int = 0) -> float:
     """Make a policy of action values that are linear in the trunk's features: rung logits become Q / T, exactly.
 
     T is the mean over `observations` of the spread (standard deviation over rungs) of Q, so the logits have spread one;
@@ -96,5 +98,5 @@ def adopt_values(network: PolicyNetwork, weight: Tensor, bias: Tensor, observati
         network.rung_head.weight.copy_(weight / temperature)
         network.rung_head.bias.copy_(bias / temperature)
         probabilities = (q / temperature).softmax(1)
-    distil(network, observations, knobs=knob_marginals(probabilities), values=q.amax(1), seed=seed, epochs=epochs)
+    distil(network, observations, knobs=knob_marginals(probabilities), values=q.amax(1), seed=seed)
     return temperature

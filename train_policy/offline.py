@@ -5,6 +5,7 @@ actions factored: IQL and AWR end in a policy that was extracted by advantage-we
 PPO; CQL ends in action values over the ladder's rungs, whose scaled copy is the rung head.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,7 +200,7 @@ class StateValue(nn.Module):
 
 
 def _head(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")    # torch's own draw would be global
     nn.init.orthogonal_(layer.weight, 0.1, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
@@ -233,8 +234,7 @@ def iql(task: Task) -> None:
     rungs = network.architecture["rungs"]
     value = StateValue(_critic_trunk(network), generator)
     q = nn.ModuleList([ActionValue(_critic_trunk(network), rungs, generator) for _ in range(2)])
-    target = nn.ModuleList([ActionValue(_critic_trunk(network), rungs, generator) for _ in range(2)])
-    target.load_state_dict(q.state_dict())
+    target = copy.deepcopy(q)
     critic = torch.optim.Adam([*q.parameters(), *value.parameters()], lr=args.learning_rate)
     actor = torch.optim.Adam(network.parameters(), lr=args.learning_rate)
     loader = _loader(task)
@@ -283,16 +283,16 @@ def cql(task: Task) -> None:
     if isinstance(network.trunk, LstmTrunk):
         raise ValueError("cql values single observations: it takes architecture 'mlp', got 'lstm'; use iql or awr")
     generator = torch.Generator().manual_seed(args.seed)
-    q = nn.Sequential(clone(network).trunk, _head(network.trunk.features_dim, network.architecture["rungs"], generator))
-    target = nn.Sequential(clone(network).trunk, _head(network.trunk.features_dim, network.architecture["rungs"], generator))
-    target.load_state_dict(q.state_dict())
+    trunk, head = clone(network).trunk, _head(network.trunk.features_dim, network.architecture["rungs"], generator)
+    q = nn.Sequential(trunk, head)
+    target = copy.deepcopy(q)
     optimizer = torch.optim.Adam(q.parameters(), lr=args.learning_rate)
     loader = _loader(task)
     seen = observations_of(task.training, args.seed)
 
     def adopt() -> float:
-        network.trunk.load_state_dict(q[0].state_dict())
-        return adopt_values(network, q[1].weight.detach(), q[1].bias.detach(), seen, seed=args.seed)
+        network.trunk.load_state_dict(trunk.state_dict())
+        return adopt_values(network, head.weight.detach(), head.bias.detach(), seen, seed=args.seed)
 
     with _updating(q):
         for update in range(1, args.updates + 1):
