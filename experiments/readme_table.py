@@ -74,29 +74,42 @@ def budget(row: dict[str, Any]) -> str:
 
 
 def benchmark_lines(folder: Path) -> Iterator[str]:
-    """Every benchmark's own summary lines: `{"name", "about", "table": [{column: value}]}`."""
+    """The rows of every benchmark, as `benchmarks/record.py` stamps them: {"command", "hardware", ..., "results": [row]}."""
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content.get("table") if isinstance(content, dict) else None
-        if not rows:
+        rows = content.get("results") if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not rows:
             continue
-        columns = list(rows[0])
-        yield f"**{content.get('name', path.stem)}** ({', '.join(provenance(content.get('about', {})))})"
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        yield from provenance(content)
         yield ""
-        yield "| " + " | ".join(columns) + " |"
+        yield "| " + " | ".join(name.replace("_", " ") for name in columns) + " |"
         yield "|" + "---|" * len(columns)
-        for row in rows:
-            yield "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(c) for c in columns)) + " |"
+        yield from ("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows)
         yield ""
+
+
+def cell(value: Any) -> str:
+    """A value of a table; a median with its quartiles as "1.04 [1.00, 1.08]"."""
+    if isinstance(value, dict) and {"median", "quartiles"} <= set(value):
+        low, high = value["quartiles"]
+        return f"{value['median']:.3g} [{low:.3g}, {high:.3g}]"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {cell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(cell(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def provenance(about: dict[str, Any]) -> Iterator[str]:
-    """One line: command, hardware, commit, date."""
+    """One line: command, hardware, commit, date; `about` is what `train_policy.provenance` or `benchmarks.record` wrote."""
     hardware = about.get("hardware", {})
     machine = ", ".join(str(part) for part in (hardware.get("cpu"), hardware.get("gpu")) if part)
-    commit = (about.get("commit") or "unknown")[:10]
+    commit, changed, _ = (about.get("commit") or "unknown").partition("+")
     where = f"{machine}, {hardware.get('cores', '?')} cores"
-    yield f"`{about.get('command', '?')}`, {where}, commit {commit}, {about.get('date', '')[:10]}"
+    yield f"`{about.get('command', '?')}`, {where}, commit {commit[:10]}{changed}, {about.get('date', '')[:10]}"
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mango.config import CompressionConfig
 from mango.layers import Layer
-
-if TYPE_CHECKING:
-    from mango.optimizer import MANGO
+from mango.state import TensorState
 
 COMPONENTS = ("momentum", "variance", "residual", "gradients", "projector", "scales", "indices")
 
@@ -48,21 +46,29 @@ class Usage:
         }
 
 
-def memory_report(optimizer: "MANGO") -> dict[str, Any]:
-    """Bytes by component, measured on the storages; their `total`, the `budget`, AdamW's bytes, and the same per layer."""
-    report: dict[str, Any] = dict.fromkeys(COMPONENTS, 0) | {"statistics": optimizer.statistics.nbytes}
-    layers = []
-    for target in optimizer.targets:
-        slot = optimizer.state.get(target.param)
-        parts: dict[str, int] = slot["tensor"].components() if slot else {}
+def memory_report(
+    names: Sequence[tuple[str, int | None]],
+    states: Sequence[TensorState | None],
+    layers: Sequence[Layer],
+    configs: Sequence[CompressionConfig],
+    statistics: int,
+) -> dict[str, Any]:
+    """Bytes by component, measured on the storages, their `total`, and the same per layer.
+
+    `names`: every tensor's name and which layer it is (None: none); `states`: what is kept for it (None: nothing yet);
+    `configs`: one per layer; `statistics`: bytes of the statistics.
+    """
+    report: dict[str, Any] = dict.fromkeys(COMPONENTS, 0) | {"statistics": statistics}
+    rows = []
+    for (name, index), state in zip(names, states, strict=True):
+        parts: dict[str, int] = state.components() if state is not None else {}
         for what, count in parts.items():
             report[what] += count
-        if target.layer is not None:
-            layer, config = optimizer.layers[target.layer], optimizer.applied[target.layer]
-            row = {"name": layer.name, "kind": layer.kind, "numel": layer.numel, "config": config.name}
-            layers.append(row | {"bytes": sum(parts.values())} | parts)
+        if index is not None:
+            row = {"name": name, "kind": layers[index].kind, "numel": layers[index].numel, "config": configs[index].name}
+            rows.append(row | {"bytes": sum(parts.values())} | parts)
     report["total"] = sum(report.values())
-    return report | {"budget": optimizer.memory_budget, "adamw": optimizer.adamw_bytes, "layers": layers}
+    return report | {"layers": rows}
 
 
 def peak_memory(device: torch.device) -> float:

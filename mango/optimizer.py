@@ -413,7 +413,10 @@ class MANGO(Optimizer):
 
     def memory_report(self) -> dict[str, Any]:
         """Bytes by component, their `total`, the `budget`, what AdamW would take, and the same per layer."""
-        return memory_report(self)
+        names = [(target.name, target.layer) for target in self.targets]
+        states = [self.state.get(target.param, {}).get("tensor") for target in self.targets]
+        report = memory_report(names, states, self.layers, self.applied, self.statistics.nbytes)
+        return report | {"budget": self.memory_budget, "adamw": self.adamw_bytes}
 
     def get_compression_stats(self) -> dict[str, float]:
         """Averages over all steps so far, layers weighted by size: compression ratio, bits, sparsity; number of changes."""

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,16 +197,13 @@ def _build(dataset: TrajectoryDataset, target: Path) -> None:
     rows = dataset.transitions + len(dataset)
     lengths: list[int] = []
     try:
-        files = {name: (temporary / f"{name}.npy").open("wb") for name in COLUMNS}
-        try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((temporary / f"{name}.npy").open("wb")) for name in COLUMNS}
             for name, file in files.items():
                 _npy_header(file, name, rows)
             for episode in dataset:
                 _append(files, episode)
                 lengths.append(len(episode))
-        finally:
-            for file in files.values():
-                file.close()
         if sum(lengths) != dataset.transitions:
             found = f"expected {dataset.transitions} transitions, found {sum(lengths)}"
             raise ValueError(f"{dataset.path}: {found}; rebuild the index with `mango data salvage {dataset.path}`")

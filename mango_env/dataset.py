@@ -29,11 +29,11 @@ class TrajectoryDataset:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if self.path.is_file():
-            self.index, self.metadata = self.path, _metadata_inside(self.path)
+            self.index, self.metadata, said_in = self.path, _metadata_inside(self.path), self.path
         else:
             paths = Paths.of(self.path)
-            self.index, self.metadata = paths.index, read_json(paths.metadata)
-        self.header = Header.from_dict(self.metadata.get("mango", {}), self.path)
+            self.index, self.metadata, said_in = paths.index, read_json(paths.metadata), paths.metadata
+        self.header = Header.from_dict(self.metadata.get("mango"), said_in)
         with open_shard(self.index) as file:
             links = [_place(file, f"episode_{i}", self.index) for i in range(len(file))]
         expected = self.metadata.get("total_episodes")

@@ -56,7 +56,7 @@ class Header:
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any], where: str | Path) -> "Header":
+    def from_dict(cls, found: Any, where: str | Path) -> "Header":
         """Read a header and refuse what this version cannot read. `where` is named in the error.
 
         Raises ValueError saying what was expected and what was found.
@@ -64,12 +64,13 @@ class Header:
         expected = {"format": FORMAT, "format_version": FORMAT_VERSION}
         expected |= {"schema_hash": SCHEMA_HASH, "knobs_version": KNOBS_VERSION}
         for key, value in expected.items():
-            if found.get(key) != value:
-                raise ValueError(f"{where}: expected {key} {value!r}, found {found.get(key)!r}; {_advice(key)}")
+            given = found.get(key) if isinstance(found, Mapping) else None
+            if given != value:
+                raise ValueError(f"{where}: expected {key} {value!r}, found {given!r}; {_advice(key)}")
         try:
             ladder, reward = Ladder.from_json(json.dumps(found["ladder"])), Reward.from_json(found["reward"])
             return cls(str(found["task"]), str(found["policy"]), reward, ladder)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: the header is incomplete or malformed ({error!r})") from error
 
     def must_match(self, other: "Header", where: str | Path, same_reward: bool = True) -> None:

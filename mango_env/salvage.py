@@ -15,7 +15,7 @@ from typing import Any
 from mango_env.episode import Episode
 from mango_env.layout import Header, Paths, explained, read_json, sync
 from mango_env.locks import locked, try_lock
-from mango_env.shards import SUFFIX, ShardWriter, open_shard, read_entries, read_episode, read_header
+from mango_env.shards import PART, SUFFIX, ShardWriter, open_shard, read_entries, read_episode, read_header
 from mango_env.store import finalize, write_index
 
 SALVAGED = f"-salvaged{SUFFIX}"
@@ -53,6 +53,9 @@ def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False) -> Salvage
                 continue
             if file.name.endswith(SUFFIX) and _is_sound(file, header):
                 continue
+            if _is_sound(file.with_name(file.name.removesuffix(".tmp")), header):
+                file.unlink()                                # killed between publishing and removing it
+                continue
             found, whole = _episodes(file, header)
             target = file.with_name(file.name.removesuffix(".tmp").removesuffix(SUFFIX) + SALVAGED)
             if found and not target.exists():                # it exists where a salvage was killed just before the next lines
@@ -71,7 +74,7 @@ def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False) -> Salvage
 def _header(paths: Paths) -> Header:
     """The store's header; where metadata.json is damaged or lost, from the first readable shard."""
     try:
-        return Header.from_dict(read_json(paths.metadata).get("mango", {}), paths.metadata)
+        return Header.from_dict(read_json(paths.metadata).get("mango"), paths.metadata)
     except ValueError:
         for file in sorted(paths.shards.glob(f"*{SUFFIX}*")):
             try:
@@ -101,7 +104,8 @@ def _is_dead(file: Path, elsewhere: bool) -> bool:
     except json.JSONDecodeError:
         writer = {}                                          # killed while writing the lock: its lock is gone, as it should
     if writer.get("host", socket.gethostname()) != socket.gethostname():
-        return elsewhere or time.time() - file.stat().st_mtime > ELSEWHERE_SECONDS
+        last_sign = (file if file.exists() else lock).stat().st_mtime
+        return elsewhere or time.time() - last_sign > ELSEWHERE_SECONDS
     return bool(writer.get("locked", True)) or not _runs(int(writer["pid"]))
 
 
@@ -149,14 +153,17 @@ def _episodes(file: Path, header: Header) -> tuple[list[Episode], bool]:
 
 
 def _write(target: Path, header: Header, episodes: list[Episode]) -> None:
-    shard = ShardWriter(target, header, len(episodes))
     try:
-        for episode in episodes:
-            shard.add(episode)
-        shard.publish()
+        shard = ShardWriter(target, header, len(episodes))
+        try:
+            for episode in episodes:
+                shard.add(episode)
+            shard.publish()
+        except OSError:
+            shard.abandon()
+            raise
     except OSError as error:
-        shard.abandon()
-        shard.temporary.unlink(missing_ok=True)
+        target.with_name(target.name + ".tmp").unlink(missing_ok=True)
         raise explained(error, f"cannot write {target}", "make room and run it again; nothing was lost") from error
 
 
@@ -173,7 +180,10 @@ def _quarantine(paths: Paths, file: Path) -> str:
 
 
 def _sweep(paths: Paths, elsewhere: bool) -> None:
-    """Remove locks of dead writers and half-written indexes."""
+    """Remove what dead writers left beside their shards, and half-written indexes."""
+    for part in paths.shards.glob(f"*{PART}"):
+        if _is_dead(part, elsewhere):
+            part.unlink(missing_ok=True)                     # its original is a .tmp, or it was published
     for lock in paths.shards.glob("*.lock"):
         if not lock.name.startswith(".") and _is_dead(lock.with_name(f"{lock.stem}-0000{SUFFIX}.tmp"), elsewhere):
             lock.unlink(missing_ok=True)

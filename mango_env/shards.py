@@ -19,12 +19,12 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5p, h5s, h5t
+from h5py import h5a, h5d, h5g, h5o, h5p, h5s, h5t
 
 from mango_env.episode import RESERVED, Array, Episode
 from mango_env.layout import Header, publish
 
-SUFFIX = ".h5"
+SUFFIX, PART = ".h5", ".part"            # a published shard; one on its way there
 COMPRESSION = (None, "lzf", "gzip")         # of observations, after shuffling their bytes
 ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
@@ -152,26 +152,47 @@ class ShardWriter:
             raise self._file.error
 
     def publish(self, metadata: str | None = None) -> None:
-        """Close the file and give it its name. Groups that hold no complete episode are left out.
+        """Close the file and give it its name. Empty places are left out.
 
         `metadata` is put beside the header: JSON that makes the file a store by itself.
         """
         if metadata is not None:
             self._h5.attrs["metadata"] = metadata
-        for j in range(self.count, self.capacity):
-            del self._h5[f"episode_{j}"]
-        self.flush()
-        self._h5.close()
-        error = self._file.error
-        self._file.close()
-        if error is not None:
-            raise error
+        if self.count < self.capacity:
+            self._publish_copy()                             # taking places out of this file would put the others at risk
+            return
+        self._close()
+        if self._file.error is not None:
+            raise self._file.error
         publish(self.temporary, self.path)
+
+    def _publish_copy(self) -> None:
+        part = self.path.with_name(self.path.name + PART)
+        file = _StoppingFile(part)
+        try:
+            with h5py.File(file, "w") as copy:
+                for name, value in self._h5.attrs.items():
+                    copy.attrs[name] = value
+                for j in range(self.count):
+                    h5o.copy(self._h5.id, b"episode_%d" % j, copy.id, b"episode_%d" % j)
+            if file.error is not None:
+                raise file.error
+            publish(part, self.path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        finally:
+            file.close()
+        self.abandon()
+        self.temporary.unlink()
 
     def abandon(self) -> None:
         """Let go of the file as it is; `salvage` finds what was flushed."""
         if self._file.error is None:
             self._file.error = OSError(errno.ECANCELED, "the shard was abandoned")
+        self._close()
+
+    def _close(self) -> None:
         if hasattr(self, "_h5"):
             self._h5.close()
         self._file.close()

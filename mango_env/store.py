@@ -35,6 +35,8 @@ from mango_env.locks import WriterLock, locked
 from mango_env.reward import Reward
 from mango_env.shards import SUFFIX, Entry, ShardWriter, read_entries
 
+MOST_PER_SHARD = 10_000                 # their places are made when the shard is opened
+
 
 class TrajectoryWriter:
     """Appends episodes to the store at `root`; as many processes as you like may do so at once, each with its own writer.
@@ -62,8 +64,9 @@ class TrajectoryWriter:
         compression: str | None = None,
         index: bool = True,
     ) -> None:
-        if episodes_per_shard < 1 or max_shard_bytes < 1:
-            raise ValueError(f"episodes_per_shard={episodes_per_shard} and max_shard_bytes={max_shard_bytes} must be at least 1")
+        if not 1 <= episodes_per_shard <= MOST_PER_SHARD or max_shard_bytes < 1:
+            limits = f"episodes_per_shard={episodes_per_shard} and max_shard_bytes={max_shard_bytes}"
+            raise ValueError(f"{limits} must be at least 1, and there can be {MOST_PER_SHARD} episodes per shard")
         self.header = Header(task, policy, reward, ladder)
         self.paths = Paths.of(root)
         self.recorded = 0                                    # episodes added so far
@@ -151,7 +154,7 @@ def _claim(paths: Paths, header: Header) -> None:
     try:
         with locked(paths.index_lock):
             if paths.metadata.exists():
-                Header.from_dict(read_json(paths.metadata).get("mango", {}), paths.metadata).must_match(header, paths.root)
+                Header.from_dict(read_json(paths.metadata).get("mango"), paths.metadata).must_match(header, paths.root)
             else:
                 write_index(paths, header, [])
     except OSError as error:
@@ -168,7 +171,7 @@ def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
     """
     paths = Paths.of(root)
     with locked(paths.index_lock):
-        header = Header.from_dict(read_json(paths.metadata).get("mango", {}), paths.metadata)
+        header = Header.from_dict(read_json(paths.metadata).get("mango"), paths.metadata)
         entries: list[Entry] = []
         for shard in sorted(paths.shards.glob(f"*{SUFFIX}")):
             found, episodes = read_entries(shard)
@@ -232,6 +235,6 @@ def read_metadata(root: str | os.PathLike[str]) -> dict[str, Any]:
     """The store's metadata; ValueError where there is no store or one of another kind."""
     paths = Paths.of(root)
     found = read_json(paths.metadata)
-    Header.from_dict(found.get("mango", {}), paths.metadata)
+    Header.from_dict(found.get("mango"), paths.metadata)
     return found
 

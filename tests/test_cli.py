@@ -194,7 +194,7 @@ def test_the_stages_train_through_the_command_and_end_in_a_frozen_policy(store: 
     cloned, better, frozen = (tmp_path / f"{name}.safetensors" for name in ("bc", "iql", "mine"))
     data = ("--data", str(store))
     for words in (
-        ("train", "bc", *data, "--out", str(cloned), "--epochs", "2"),
+        ("train", "bc", *data, "--out", str(cloned), "--epochs", "2", "--top", "1.0"),
         ("train", "offline", *data, "--init", str(cloned), "--out", str(better), "--updates", "5", "--set", "batch_size=32"),
         ("freeze", "--from", str(better), "--out", str(frozen), *data, "--description", "a test"),
     ):
@@ -224,7 +224,7 @@ def test_an_unknown_hyper_parameter_is_named(store: Path, tmp_path: Path) -> Non
 
 def test_ctrl_c_during_training_keeps_the_last_checkpoint_and_exits_with_130(store: Path, tmp_path: Path) -> None:
     out = tmp_path / "bc.safetensors"
-    words = ["train", "bc", "--data", str(store), "--out", str(out), "--epochs", "100000", "--set", "patience=100000"]
+    words = ["train", "bc", "--data", str(store), "--out", str(out), "--top", "1", "--epochs", "100000", "--set", "patience=100000"]
     process = subprocess.Popen([*MANGO, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
     deadline = time.monotonic() + 60
     while not out.exists() and time.monotonic() < deadline and process.poll() is None:

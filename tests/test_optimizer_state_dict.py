@@ -188,3 +188,15 @@ def test_learning_rates_and_groups_come_back() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True)
     )  # the loaded group is the one that counts
+
+
+def test_an_automatic_budget_is_that_of_the_run_not_of_the_free_memory_at_the_time_of_loading() -> None:
+    first = MANGO([torch.nn.Parameter(torch.ones(64, 64))], memory_budget=None)
+    saved = first.state_dict()
+    saved["mango"]["budget"] = 123_456_789
+    second = MANGO([torch.nn.Parameter(torch.ones(64, 64))], memory_budget=None)
+    second.load_state_dict(saved)
+    assert second.memory_budget == 123_456_789
+    asked = MANGO([torch.nn.Parameter(torch.ones(64, 64))], memory_budget="64KiB")
+    asked.load_state_dict(saved)
+    assert asked.memory_budget == 64 * 1024

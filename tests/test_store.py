@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,14 +26,22 @@ from mango_env.reward import Reward
 from mango_env.salvage import salvage
 from mango_env.store import TrajectoryWriter, finalize
 from mango_env.validate import validate
-from tests.made_episodes import REWARD, in_process, make_episode, record, same, tag, writer
+from tests.made_episodes import (
+    REWARD,
+    build_cache_killed_after,
+    finish,
+    make_episode,
+    record,
+    record_run,
+    same,
+    start,
+    tag,
+    writer,
+)
 
 
 def fields(episode: Episode) -> dict[str, Any]:
     return {name: getattr(episode, name) for name in Episode.__dataclass_fields__}
-
-
-# an episode
 
 
 def test_an_episode_stores_the_standard_dtypes() -> None:
@@ -98,9 +107,6 @@ def test_rewards_are_recomputed_from_the_logged_terms() -> None:
     np.testing.assert_allclose(again.rewards, expected, rtol=1e-6)
     assert again.reward == other
     assert same(again.rescored(REWARD), made)
-
-
-# writing and reading
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
@@ -181,23 +187,9 @@ def test_reading_by_position_and_by_folder(tmp_path: Path) -> None:
     assert recorded_layers(tmp_path / "nothing") == {}
 
 
-def _record_one_run(root: str, run: int) -> None:
-    with writer(Path(root), episodes_per_shard=2) as w:
-        for layer in range(5):
-            w.add(make_episode(run, layer))
-
-
 def test_many_processes_record_into_one_store(tmp_path: Path) -> None:
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    workers = [context.Process(target=_record_one_run, args=(str(tmp_path), run)) for run in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-        worker.close()
+    workers = [start(record_run, tmp_path, run, 5) for run in range(4)]
+    assert [finish(worker) for worker in workers] == [0] * 4
     dataset = TrajectoryDataset(tmp_path)
     assert [e.key for e in dataset] == [(f"run-{run:04d}", layer) for run in range(4) for layer in range(5)]
     assert validate(tmp_path).ok
@@ -247,7 +239,7 @@ def test_a_store_takes_episodes_of_one_kind_only(tmp_path: Path) -> None:
         w.add(make_episode())
     with pytest.raises(ValueError, match="compression='zip' is not one of"), writer(tmp_path / "zip", compression="zip") as w:
         w.add(make_episode())
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="must be at least 1, and there can be 10000"):
         writer(tmp_path, episodes_per_shard=0)
 
 
@@ -257,9 +249,6 @@ def test_a_forked_child_cannot_write_with_its_parents_writer(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="open one per process"):
             w.add(make_episode())
         w._pid -= 1
-
-
-# validation
 
 
 def test_validate_accepts_what_was_recorded(tmp_path: Path) -> None:
@@ -349,9 +338,6 @@ def test_info_counts_what_is_there(tmp_path: Path) -> None:
     assert sum(found["rungs"].values()) == 36 and set(found["rungs"]) <= set(LADDER.names)
     assert found["returns"]["mean"] == pytest.approx(np.mean([e.returns for e in made]))
     assert found["bytes"] > 6 * made[0].observations.nbytes
-
-
-# putting together and taking apart
 
 
 def test_merge_keeps_each_episode_once(tmp_path: Path) -> None:
@@ -447,9 +433,6 @@ def test_a_single_shard_is_read_as_a_store(tmp_path: Path) -> None:
     made = record(tmp_path)
     shard = sorted((tmp_path / "data" / "shards").glob("*.h5"))[0]
     assert all(same(x, y) for x, y in zip(TrajectoryDataset(shard), made[:3], strict=True))
-
-
-# the cache
 
 
 def test_the_cache_has_every_transition_with_its_next_observation(tmp_path: Path) -> None:
@@ -553,28 +536,12 @@ def test_a_damaged_cache_is_refused_and_a_half_built_one_is_rebuilt(tmp_path: Pa
     assert len(build_cache(tmp_path)) == 48
 
 
-def _build(root: str) -> None:
-    build_cache(root)
-
-
 def test_a_killed_builder_leaves_nothing_that_counts(tmp_path: Path) -> None:
     record(tmp_path)
-    code = f"""
-import os, mango_env.cache as cache
-kept, count = cache._append, []
-def append(files, episode):
-    count.append(1); kept(files, episode)
-    if len(count) == 3: os.kill(os.getpid(), 9)
-cache._append = append
-cache.build_cache({str(tmp_path)!r})
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == -9
+    assert finish(start(build_cache_killed_after, tmp_path, 3)) == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.suffix == ".tmp"]
-    assert in_process(_build, str(tmp_path)) == 0
+    assert finish(start(build_cache_killed_after, tmp_path, 0)) == 0
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")] == [TrajectoryDataset(tmp_path).digest]
-
-
-# Minari
 
 
 def test_minari_loads_a_store_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,7 +582,3 @@ def test_salvage_of_a_sound_store_changes_nothing(tmp_path: Path) -> None:
     assert (done.episodes, done.recovered, done.quarantined, done.alive) == (0, (), (), ())
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.h5")} == before
 
-
-def test_the_writers_names_say_what_is_needed() -> None:
-    with pytest.raises(TypeError):
-        TrajectoryWriter("runs/x")  # type: ignore[call-arg]

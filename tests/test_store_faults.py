@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -26,49 +26,56 @@ from mango_env.salvage import salvage
 from mango_env.shards import ShardWriter, open_shard, read_episode
 from mango_env.store import finalize
 from mango_env.validate import validate
-from tests.made_episodes import REWARD, edit_metadata, make_episode, record, same, writer
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-RECORDER = """
-import sys
-from pathlib import Path
-from tests.made_episodes import make_episode, writer
-with writer(Path(sys.argv[1]), episodes_per_shard=int(sys.argv[3])) as w:
-    for layer in range(10**6):
-        w.add(make_episode(int(sys.argv[2]), layer, steps=1 + layer % 7))
-        print(layer, flush=True)                             # said only once the episode is flushed
-"""
-
-
-def start_recorder(root: Path, run: int, per_shard: int = 10**6) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RECORDER, str(root), str(run), str(per_shard)]
-    return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+from tests.made_episodes import (
+    PROCESSES,
+    REWARD,
+    edit_metadata,
+    finish,
+    make_episode,
+    record,
+    record_until_killed,
+    same,
+    start,
+    writer,
+)
 
 
-def kill_after(process: subprocess.Popen[str], episodes: int, seconds: float) -> int:
-    """SIGKILL a recorder some time after it reported that many episodes; returns how many it reported in all."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) + 1 >= episodes:
-            break
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    rest = process.stdout.read().splitlines(keepends=True)
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
-    whole = [line for line in rest if line.endswith("\n")]
-    return int(whole[-1]) + 1 if whole else episodes
+class Recorder:
+    """A process that records until it is killed."""
+
+    def __init__(self, root: Path, run: int, per_shard: int = 1000) -> None:
+        self.told, child = PROCESSES.Pipe(duplex=False)
+        self.process = start(record_until_killed, child, root, run, per_shard)
+        child.close()
+        self.flushed = 0                                     # episodes that it told of
+
+    def wait_for(self, episodes: int) -> None:
+        while self.flushed < episodes:
+            self.flushed = self.told.recv() + 1
+
+    def kill(self) -> int:
+        """SIGKILL it; returns how many episodes it told of."""
+        self.process.kill()
+        assert finish(self.process) == -signal.SIGKILL
+        try:
+            while True:
+                self.flushed = self.told.recv() + 1
+        except (EOFError, OSError):                          # the end, perhaps in the middle of a word
+            self.told.close()
+        return self.flushed
 
 
 def test_kill_9_at_any_moment_loses_no_flushed_episode(tmp_path: Path) -> None:
     """Real processes, killed at random moments, between shards and within them."""
     rng = np.random.default_rng(0)
     reported: dict[int, int] = {}
-    per_shard = [1000, 1000, 4, 7, 1000, 3]
-    for first in range(0, 6, 2):                             # two at a time
-        running = {run: start_recorder(tmp_path, run, per_shard[run]) for run in (first, first + 1)}
-        for run, process in running.items():
-            reported[run] = kill_after(process, int(rng.integers(1, 30)), float(rng.uniform(0, 0.03)))
+    per_shard = [1000, 200, 4, 7, 50, 3, 1, 11]
+    for first in range(0, len(per_shard), 2):                # two at a time
+        running = {run: Recorder(tmp_path, run, per_shard[run]) for run in (first, first + 1)}
+        for run, recorder in running.items():
+            recorder.wait_for(int(rng.integers(1, 30)))
+            time.sleep(float(rng.uniform(0, 0.03)))
+            reported[run] = recorder.kill()
     done = salvage(tmp_path)
     assert done.alive == ()
     found: dict[int, list[int]] = {run: [] for run in reported}
@@ -80,7 +87,7 @@ def test_kill_9_at_any_moment_loses_no_flushed_episode(tmp_path: Path) -> None:
         assert found[run] == list(range(len(found[run]))), "in order, without gaps"
         assert len(found[run]) >= count, f"run {run} reported {count} episodes"
     assert validate(tmp_path).ok and list((tmp_path / "data" / "shards").glob("*.tmp")) == []
-    assert list((tmp_path / "data" / "shards").glob("*.lock")) == []
+    assert list((tmp_path / "data" / "shards").glob("[!.]*.lock")) == []
     again = salvage(tmp_path)
     assert (again.episodes, again.recovered) == (0, ())
     with writer(tmp_path) as w:                              # and recording goes on
@@ -88,10 +95,17 @@ def test_kill_9_at_any_moment_loses_no_flushed_episode(tmp_path: Path) -> None:
     assert len(TrajectoryDataset(tmp_path)) == sum(len(layers) for layers in found.values()) + 1
 
 
+Write = tuple[int, bytes] | int                              # where what was written, or to which size the file was cut
+
+
 class _LoggingFile(shards._StoppingFile):
     """Notes every write, so that a recording can be cut after each of them."""
 
-    log: list[tuple[int, bytes] | int] = []
+    logs: ClassVar[dict[str, list[Write]]] = {}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.log = self.logs.setdefault(path.name, [])
 
     def write(self, buffer: memoryview) -> int:
         self.log.append((self._at, bytes(buffer)))
@@ -102,49 +116,44 @@ class _LoggingFile(shards._StoppingFile):
         return super().truncate(size)
 
 
-@contextmanager
-def logged_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, bytes] | int]]:
-    monkeypatch.setattr(_LoggingFile, "log", [])
-    monkeypatch.setattr(shards, "_StoppingFile", _LoggingFile)
-    yield _LoggingFile.log
-
-
-def apply(image: bytearray, step: tuple[int, bytes] | int) -> None:
-    at, data = step if isinstance(step, tuple) else (step, b"")
+def apply(image: bytearray, step: Write) -> None:
+    at, data = (step, b"") if isinstance(step, int) else step
     image.extend(bytes(max(0, at + len(data) - len(image))))
     image[at : at + len(data)] = data
     if isinstance(step, int):
         del image[step:]
 
 
-@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize(("capacity", "compression"), [(12, None), (12, "gzip"), (14, None)])
 def test_a_recording_cut_after_any_single_write_keeps_every_flushed_episode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int, compression: str | None
 ) -> None:
     """Exhaustive, where killing processes only samples: the file after each of its writes, closing included.
 
-    12 episodes, because HDF5 splits the root's table of names after 8: without making the groups first, a third of
-    the cuts lost episodes that had been flushed.
+    12 episodes, because HDF5 splits the root's table of names after 8: written the plain way, with a flush per
+    episode, a quarter of the cuts lost episodes that had been flushed.
     """
+    monkeypatch.setattr(_LoggingFile, "logs", {})
+    monkeypatch.setattr(shards, "_StoppingFile", _LoggingFile)
     made = [make_episode(0, layer, steps=3) for layer in range(12)]
-    with logged_writes(monkeypatch) as log:
-        shard = ShardWriter(tmp_path / "cut.h5", Header("t", "p", REWARD), 14, compression)
-        flushed = []
-        for episode in made:
-            shard.add(episode)
-            flushed.append(len(log))
-        shard.publish()
+    shard = ShardWriter(tmp_path / "cut.h5", Header("t", "p", REWARD), capacity, compression)
+    log, flushed = _LoggingFile.logs["cut.h5.tmp"], []
+    for episode in made:
+        shard.add(episode)
+        flushed.append(len(log))
+    shard.publish()
     image, cut = bytearray(), tmp_path / "cut-here.h5"
     for done, step in enumerate(log, start=1):
         apply(image, step)
         expected = sum(mark <= done for mark in flushed)
-        if not expected or (done % 3 and done not in flushed and done - 1 not in flushed):
-            continue                                         # every third, and both sides of every flush
+        if not expected or (done % 3 and done < flushed[-1] and done not in flushed and done - 1 not in flushed):
+            continue                                         # every third, both sides of every flush, and all of closing
         cut.write_bytes(image)
         with open_shard(cut) as file:
             kept = [read_episode(file[f"episode_{j}"], "cut", check=True) for j in range(expected)]
         assert all(same(a, b) for a, b in zip(kept, made, strict=False)), f"cut after write {done} of {len(log)}"
-    assert bytes(image) == (tmp_path / "cut.h5").read_bytes()
+    with open_shard(tmp_path / "cut.h5") as file:
+        assert all(same(read_episode(file[f"episode_{j}"], "cut", check=True), made[j]) for j in range(12)) and len(file) == 12
 
 
 @contextmanager
@@ -161,7 +170,8 @@ def largest_file(nbytes: int) -> Iterator[None]:
 @pytest.mark.parametrize("room", [100_000, 101_234, 150_001, 207_777])
 def test_a_full_disk_is_one_clear_line_and_loses_nothing_that_was_flushed(tmp_path: Path, room: int) -> None:
     w = writer(tmp_path)
-    with largest_file(room), pytest.raises(OSError, match=r"cannot write trajectories to .*episodes recorded so far are kept") as caught:
+    kept = r"cannot write trajectories to .*episodes recorded so far are kept"
+    with largest_file(room), pytest.raises(OSError, match=kept) as caught:  # noqa: PT012
         for layer in range(1000):
             w.add(make_episode(0, layer))
     assert "\n" not in str(caught.value) and caught.value.errno is not None
@@ -184,8 +194,9 @@ def test_a_disk_that_is_full_while_closing_loses_nothing(tmp_path: Path) -> None
 
 
 def test_salvage_on_a_full_disk_says_so_and_can_be_run_again(tmp_path: Path) -> None:
-    process = start_recorder(tmp_path, 0)
-    reported = kill_after(process, 5, 0)
+    recorder = Recorder(tmp_path, 0)
+    recorder.wait_for(5)
+    reported = recorder.kill()
     with largest_file(5000), pytest.raises(OSError, match=r"cannot write .*nothing was lost"):
         salvage(tmp_path)
     assert salvage(tmp_path).episodes >= reported
@@ -205,7 +216,8 @@ def test_a_full_disk_stops_cache_and_compact_in_one_line(tmp_path: Path) -> None
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OSError, match=r"cannot make a trajectory store at .*Not a directory; choose a folder that can be written"):
+    says = r"cannot make a trajectory store at .*Not a directory; choose a folder that can be written"
+    with pytest.raises(OSError, match=says):
         writer(tmp_path / "file" / "below")
     with pytest.raises(OSError, match="cannot"):
         writer(Path("/proc/nothing/here"))
@@ -214,12 +226,12 @@ def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
 def test_salvage_leaves_living_writers_alone(tmp_path: Path) -> None:
     with writer(tmp_path) as here:                           # one in this process, one in another
         here.add(make_episode(1))
-        process = start_recorder(tmp_path, 0)
-        assert process.stdout is not None and process.stdout.readline() == "0\n"
+        recorder = Recorder(tmp_path, 0)
+        recorder.wait_for(3)
         done = salvage(tmp_path)
         assert len(done.alive) == 2 and (done.episodes, done.recovered, done.quarantined) == (0, (), ())
         here.add(make_episode(2))
-        reported = kill_after(process, 3, 0)
+        reported = recorder.kill()
         done = salvage(tmp_path)
         assert len(done.alive) == 1 and done.episodes >= reported
     assert {e.attributes["seed"] for e in TrajectoryDataset(tmp_path)} == {0, 1, 2}
@@ -258,7 +270,9 @@ def test_where_locks_do_not_work_the_process_id_decides(tmp_path: Path) -> None:
 
 
 def test_salvage_killed_halfway_recovers_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_after(start_recorder(tmp_path, 0), 4, 0)
+    recorder = Recorder(tmp_path, 0)
+    recorder.wait_for(4)
+    recorder.kill()
     tmp = next((tmp_path / "data" / "shards").glob("*.h5.tmp"))
     kept = tmp.read_bytes()
     first = salvage(tmp_path)
@@ -277,13 +291,14 @@ def test_salvage_sets_aside_what_it_cannot_read_and_saves_the_rest(tmp_path: Pat
     published[1].write_bytes(b"not HDF5 at all")
     with h5py.File(published[2], "r+") as file:
         del file["episode_1"]["rewards"], file["episode_1"].attrs["digest"]
-    (tmp_path / "data" / "shards" / "other-1-aaaaaa-0000.h5.tmp").write_bytes(b"")
+    torn = tmp_path / "data" / "shards" / "other-1-aaaaaa-0000.h5.tmp"
+    torn.write_bytes(b"")
     with pytest.raises(ValueError, match="found 3000 bytes that HDF5 cannot open"):
         finalize(tmp_path)
     done = salvage(tmp_path)
     assert len(done.quarantined) == 4 and done.episodes == 2
     assert {e.key for e in TrajectoryDataset(tmp_path)} == {e.key for e in [*made[9:], made[6], made[8]]}
-    assert {p.name for p in (tmp_path / "quarantine").iterdir()} == {*(p.name for p in published[:3]), "other-1-aaaaaa-0000.h5.tmp"}
+    assert {p.name for p in (tmp_path / "quarantine").iterdir()} == {*(p.name for p in published[:3]), torn.name}
     assert [w.check for w in validate(tmp_path).warnings] == ["quarantine"] * 4 and validate(tmp_path).ok
     assert salvage(tmp_path).quarantined == ()
 

@@ -51,6 +51,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except typer.Exit:                               # it is a RuntimeError
+            raise
         except KeyboardInterrupt as interruption:
             say(f"mango: interrupted: {interruption}" if str(interruption) else "mango: interrupted")
             raise typer.Exit(INTERRUPTED) from None

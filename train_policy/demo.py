@@ -45,16 +45,16 @@ class Size:
     workloads: tuple[str, ...] = DIGITS                  # recorded and evaluated
     held_out: tuple[str, ...] = ("source_lm",)           # evaluated only
     budgets: tuple[float, ...] = (0.125, 0.25)           # of AdamW's state bytes
-    steps: int = 100                                     # optimizer steps of a recorded run
-    evaluation_steps: int = 150                          # of an evaluated run
-    held_out_steps: int = 60
+    held_out_budgets: tuple[float, ...] = (0.125,)
+    steps: int = 100                                     # optimizer steps of a run
+    held_out_steps: int = 40
     collected: int = 3                                   # seeds per behaviour
-    oracle: int = 1                                      # seeds of the oracle, which is slow
+    oracle: tuple[str, ...] = DIGITS[:1]                 # what the oracle decides, once per budget: it is slow
     fixed: tuple[str, ...] = FIXED_TEACHERS
     epochs: int = 40
     updates: int = 1500                                  # of native offline RL
     d3rlpy_updates: int = 800
-    timesteps: int = 1536                                # of PPO: one decision of one layer
+    timesteps: int = 1024                                # of PPO: one decision of one layer
     rollout: int = 512
     gated: int = 2                                       # seeds of a gate
     evaluated: int = 3                                   # seeds of the evaluation
@@ -62,7 +62,7 @@ class Size:
 
 FULL_SIZE = Size()
 QUICK = Size(
-    workloads=("digits_mlp",), held_out=(), steps=20, evaluation_steps=20, collected=2, oracle=0, fixed=("fixed:m4v0",),
+    workloads=("digits_mlp",), held_out=(), steps=20, collected=2, oracle=(), fixed=("fixed:m4v0",),
     epochs=3, updates=40, d3rlpy_updates=20, timesteps=48, rollout=24, gated=3, evaluated=2,
 )  # fmt: skip
 
@@ -140,7 +140,7 @@ def collect_stage(args: DemoArgs, journal: Journal) -> Any:
         seeds = [args.seed + 100 + i for i in range(size.collected)]
         done = [collect(size.workloads, [*TEACHERS, *size.fixed], seeds, size.budgets, root, horizon, **shared)]
         if size.oracle:
-            done.append(collect(size.workloads, ["oracle"], seeds[: size.oracle], size.budgets, root, horizon, **shared))
+            done.append(collect(size.oracle, ["oracle"], seeds[:1], size.budgets, root, horizon, **shared))
         recorded, there = sum(d.recorded for d in done), sum(d.skipped for d in done)
         over = sum(d.over_budget for d in done)
         return None, f"{recorded} runs recorded, {there} were there already, {over} broke their budget"
@@ -223,7 +223,7 @@ def gate_stage(args: DemoArgs, journal: Journal, incumbent: str, candidates: Seq
     paths = {path_of(args, name): name for name in (incumbent, *candidates)}
     seeds = [args.seed + 50 + i for i in range(size.gated)]
     settings = EvaluationArgs(horizon=size.steps)
-    rows = evaluate(list(paths), list(size.workloads), list(size.budgets), seeds, settings, workers=args.workers)
+    rows = evaluate(list(paths), size.workloads, size.budgets, seeds, settings, workers=args.workers)
     returns = {name: returns_by_run(row for row in rows if row.policy == path.stem) for path, name in paths.items()}
     for name in candidates:
         decision = decide(returns[name], returns[incumbent], seed=args.seed)
@@ -271,9 +271,10 @@ def evaluation(args: DemoArgs, policy: Path) -> tuple[list[EvaluationRow], str]:
     specs = behaviours(["adamw", "fixed", *HEURISTICS, policy])
     shared: dict[str, Any] = {"workers": args.workers, "progress": err_console.is_terminal}
     rows: list[EvaluationRow] = []
-    for works, steps in ((size.workloads, size.evaluation_steps), (size.held_out, size.held_out_steps)):
+    cases = ((size.workloads, size.budgets, size.steps), (size.held_out, size.held_out_budgets, size.held_out_steps))
+    for works, budgets, steps in cases:
         if works:
-            rows += evaluate(specs, list(works), list(size.budgets), seeds, EvaluationArgs(horizon=steps), **shared)
+            rows += evaluate(specs, works, budgets, seeds, EvaluationArgs(horizon=steps), **shared)
     done = [row for row in rows if row.fits]
     held, unfit = sum(row.within_budget for row in done), len(rows) - len(done)
     return rows, f"{len(done)} runs, {held} within their budget at every step; {unfit} of fixed rungs that do not fit"
