@@ -3,7 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CODE := mango mango_env train_policy trajectories deploy experiments benchmarks tests main.py
 
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -42,7 +41,7 @@ test: $(READY)       ## the whole test suite: at most 12 minutes on 2 cores
 check: lint types test  ## what has to pass before a commit (the README's examples are tests)
 
 lint: $(READY)       ## ruff
-	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff check .
 
 types: $(READY)      ## mypy --strict
 	$(BIN)/mypy

@@ -45,8 +45,8 @@ LAYER_FEATURES: tuple[Feature, ...] = (
     Feature("error_variance_8", "relative error of m / sqrt(v) with the second moment at 8 bits", "log10", -10, 2),
     Feature("error_variance_4", "relative error of m / sqrt(v) with the second moment at 4 bits", "log10", -10, 2),
     Feature("error_variance_0", "relative error of m / sqrt(v) with the second moment as factors", "log10", -10, 2),
-    Feature("error_rank_1", "fraction of the gradient's norm outside its best rank-1 subspace", "1", 0, 1),
-    Feature("error_rank_8", "fraction of the gradient's norm outside its best rank-8 subspace", "1", 0, 1),
+    Feature("error_rank_1", "fraction of the norm of m / sqrt(v) outside its best rank-1 subspace", "1", 0, 1),
+    Feature("error_rank_8", "fraction of the norm of m / sqrt(v) outside its best rank-8 subspace", "1", 0, 1),
     # what compression does now
     Feature("compression_error", "relative error that storing the state added at the last probe", "log10", -10, 2),
     Feature("residual_ratio", "norm of the error-feedback residual over norm of the gradient", "log10", -10, 4),

@@ -58,7 +58,8 @@ class _Probe:
     exp_avg: Tensor                          # (WINDOW,)
     exp_avg_sq: Tensor                       # (WINDOW,)
     factored: Tensor                         # (WINDOW,) the second moment as factors give it back
-    matrix: Tensor                           # (SKETCH, SKETCH) of the gradient
+    gradient: Tensor                         # (SKETCH, SKETCH) evenly spread rows and columns
+    direction: Tensor                        # (SKETCH, SKETCH) the same of m / sqrt(v)
 
 
 def sample_stride(numel: int, columns: int) -> tuple[int, int]:
@@ -98,7 +99,8 @@ class GradientStatistics:
         self.moved = torch.zeros(len(layers), device=device)                       # norm of the last measured update
         self.probed = torch.zeros(len(layers), len(_PROBED), device=device)
         for name, error in (PRIOR | {"compression_error": 1e-10, "residual_ratio": 1e-10}).items():
-            self.probed[:, _PROBED.index(name)] = math.log10(error)
+            in_log = FEATURES[FEATURE_INDEX[name]].unit == "log10"
+            self.probed[:, _PROBED.index(name)] = math.log10(error) if in_log else error
         self.steps = 0
         self.window = 0
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
@@ -211,6 +213,7 @@ class GradientStatistics:
             _window(exp_avg_sq, WINDOW),
             _window(factored, WINDOW),
             _corner(grad, SKETCH),
+            direction(_corner(exp_avg, SKETCH), _corner(exp_avg_sq, SKETCH)),
         )
 
     def finish_probe(self, generator: Generator) -> None:
@@ -250,20 +253,20 @@ class GradientStatistics:
 
     @staticmethod
     def _ranks(probes: Sequence[_Probe], generator: Generator) -> dict[str, Tensor]:
-        """Stable rank of the gradient and its energy outside its best subspaces, by a rank-8 sketch (Halko et al. 2011)."""
-        matrices = torch.stack([p.matrix for p in probes])                          # (P, S, S)
+        """Stable rank of the gradient and what of m / sqrt(v) is outside subspaces, by a rank-8 sketch (Halko et al. 2011)."""
+        matrices = torch.stack([p.gradient for p in probes] + [p.direction for p in probes])  # (2P, S, S)
         matrices = matrices / safe(matrices.abs().amax((1, 2)))[:, None, None]
         start = torch.randn(SKETCH, 8, device=matrices.device, generator=generator)
-        basis = torch.linalg.qr(matrices @ (matrices.mT @ (matrices @ start))).Q    # (P, S, 8)
+        basis = torch.linalg.qr(matrices @ (matrices.mT @ (matrices @ start))).Q    # (2P, S, 8)
         inside = basis.mT @ matrices
-        energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (P, 8) largest first
+        energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (2P, 8) largest first
         total = safe(matrices.square().sum((1, 2)))
         filled = torch.minimum(matrices.any(1).sum(1), matrices.any(2).sum(1)).clamp(min=1)  # not padding
         outside = (1 - energy.cumsum(1) / total[:, None]).clamp(0, 1).sqrt()
         return {
-            "stable_rank": total / safe(energy[:, 0]) / filled,
-            "error_rank_1": outside[:, 0],
-            "error_rank_8": outside[:, 7],
+            "stable_rank": (total / safe(energy[:, 0]) / filled)[: len(probes)],
+            "error_rank_1": outside[len(probes) :, 0],
+            "error_rank_8": outside[len(probes) :, 7],
         }
 
     def features(self, context: Context) -> Tensor:
@@ -360,7 +363,7 @@ def _measurable(name: str, config: CompressionConfig) -> bool:
     seem to lose nothing by it. The last estimate from a richer format stays, or the prior."""
     if name.startswith("error_variance"):
         return config.variance_bits > 0 and not config.rank
-    return not (name.startswith("error_momentum") and config.rank)
+    return not (name.startswith("error_") and config.rank)
 
 
 def _signed_log(x: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ _LOW, _HIGH = (np.array([getattr(f, side) for f in FEATURES], np.float32) for si
 
 
 def make_episode(
-    run: int = 0, layer: int = 0, steps: int = 6, *, truncated: bool = False, workload: str = "digits_mlp", reward: Reward = REWARD
+    run: int = 0,
+    layer: int = 0,
+    steps: int = 6,
+    *,
+    truncated: bool = False,
+    workload: str = "digits_mlp",
+    reward: Reward = REWARD,
 ) -> Episode:
     """A valid episode of random content, the same for the same arguments. Its `grad_norm` is the tag
     run + layer / 10 + step / 1000, and its last reward is about 100 times the others."""

@@ -1,48 +1,95 @@
-"""Recorded runs for the tests of training: collected once per process, by a teacher and by behaviours of mixed quality."""
+"""Recorded runs for the tests of training, made once per process: by a teacher, by behaviours of mixed quality, and a puzzle."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mango.config import LADDER
+from mango.features import FEATURE_DIM
 from mango.networks import PolicyNetwork
 from mango.policy_file import freeze, load_policy
 from mango_env.cache import TrajectoryCache, build_cache
+from mango_env.episode import INFOS, Episode, info_dtype
 from mango_env.recorder import record_run
+from mango_env.reward import Reward
 from mango_env.run import TrainingRun
+from mango_env.store import TrajectoryWriter
 from train_policy.collect import CollectArgs, collect
 
-WORKLOAD = "digits_mlp"
-SETTING = CollectArgs(horizon=30, interval=5)
-TIGHT, AMPLE = 0.0625, 1.2                                   # fractions of AdamW's state bytes
-MIXED = ("random", "fixed", "explore:water-filling")
+WORKLOAD, AMPLE = "digits_mlp", 1.2                          # with an ample budget every decision is applied as it was made
+MIXED, TEACHER = CollectArgs(horizon=30, interval=5), CollectArgs(horizon=80, interval=4)
 _caches: dict[str, TrajectoryCache] = {}
 
 
 def mixed(factory: pytest.TempPathFactory) -> TrajectoryCache:
-    """Random, every fixed rung and an exploring heuristic under a tight budget: most of it is far from good."""
-    return _once("mixed", factory, list(MIXED), 3, [AMPLE])
+    """Random, every fixed rung and an exploring heuristic: good decisions and bad ones."""
+    policies = ["random", "fixed", "explore:water-filling"]
+    return _once("mixed", factory, lambda root: collect([WORKLOAD], policies, 3, [AMPLE], root, MIXED))
 
 
 def expert(factory: pytest.TempPathFactory) -> TrajectoryCache:
     """Water-filling, a deterministic teacher, under two budgets."""
-    return _once("expert", factory, ["water-filling"], 20, [0.25, AMPLE])
+    return _once("expert", factory, lambda root: collect([WORKLOAD], ["water-filling"], 8, [0.25, AMPLE], root, TEACHER))
 
 
-def _once(name: str, factory: pytest.TempPathFactory, policies: list[str], seeds: int, budgets: list[float]) -> TrajectoryCache:
+def puzzle(factory: pytest.TempPathFactory) -> TrajectoryCache:
+    """Made-up runs with a known answer: rungs are drawn uniformly, one pays 1 (`answer` says which), the others nothing."""
+    return _once("puzzle", factory, lambda root: write_puzzle(root, 30))
+
+
+def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], Any]) -> TrajectoryCache:
     if name not in _caches:
         root = factory.mktemp(name) / "store"
-        collect([WORKLOAD], policies, seeds, budgets, root, SETTING)
+        make(root)
         _caches[name] = build_cache(root)
     return _caches[name]
 
 
+def answer(observations: Any) -> Any:
+    """The rung that pays (N,): 2, 5 or 8, by where the first feature lies."""
+    return 2 + 3 * np.digitize(np.asarray(observations)[:, 0], [-5.0, 5.0])
+
+
+def write_puzzle(root: Path, runs: int, *, rung: int | None = None, steps: int = 8, layers: int = 2) -> None:
+    """`rung`: always that one, in place of a random one."""
+    rng, reward = np.random.default_rng(0), Reward()
+    with TrajectoryWriter(root, task="puzzle", policy="random", reward=reward) as writer:
+        for run in range(runs):
+            for layer in range(layers):
+                seen = rng.uniform(-15, 15, (steps + 1, FEATURE_DIM)).astype(np.float32)
+                seen[:, 1:] *= 0.01                          # the other features say nothing
+                rungs = rng.integers(len(LADDER), size=steps) if rung is None else np.full(steps, rung)
+                infos = {name: np.zeros(steps, info_dtype(name)) for name in INFOS}
+                infos["rung"] = rungs.astype(np.int16)
+                last = np.arange(steps) == steps - 1
+                writer.add(
+                    Episode(
+                        observations=seen,
+                        actions=np.array([LADDER[int(r)].to_action() for r in rungs], np.int8),
+                        rewards=(rungs == answer(seen[:-1])).astype(np.float32),
+                        terminations=last,
+                        truncations=np.zeros(steps, bool),
+                        infos=infos,
+                        attributes=facts(run, layer, layers, reward),
+                    )
+                )
+
+
+def facts(run: int, layer: int, layers: int, reward: Reward) -> dict[str, Any]:
+    return {
+        "run_id": f"run{run}", "layer_index": layer, "layer_name": f"layer{layer}", "layer_kind": "linear", "n_layers": layers,
+        "workload": "easy" if run % 2 else "hard", "policy": "random", "seed": run, "budget_bytes": 1000, "adamw_bytes": 4000,
+        "horizon": 80, "interval": 10, "lr": 1e-3, "rule": "adamw", "numel": 500, "reward": reward.to_json(), "mango_version": "0",
+    }  # fmt: skip
+
+
 def fresh_return(network: PolicyNetwork, folder: Path, head: str = "rung", seeds: int = 4) -> float:
-    """Mean return of a frozen policy under the tight budget on runs that nobody recorded."""
+    """Mean return of the frozen network on runs, set up as those of `mixed`, that nobody recorded."""
     policy: Any = load_policy(freeze(network, folder / "policy", head=head, card={}))
     runs = [
-        TrainingRun(WORKLOAD, 1000 + seed, horizon=SETTING.horizon, interval=SETTING.interval, memory_budget=AMPLE)
-        for seed in range(seeds)
+        TrainingRun(WORKLOAD, 1000 + seed, horizon=MIXED.horizon, interval=MIXED.interval, memory_budget=AMPLE) for seed in range(seeds)
     ]
-    return sum(record_run(run, policy, None, replace(SETTING).reward).returns for run in runs) / seeds
+    return sum(record_run(run, policy, None, MIXED.reward).returns for run in runs) / seeds

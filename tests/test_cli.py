@@ -224,7 +224,8 @@ def test_an_unknown_hyper_parameter_is_named(store: Path, tmp_path: Path) -> Non
 
 def test_ctrl_c_during_training_keeps_the_last_checkpoint_and_exits_with_130(store: Path, tmp_path: Path) -> None:
     out = tmp_path / "bc.safetensors"
-    words = ["train", "bc", "--data", str(store), "--out", str(out), "--top", "1", "--epochs", "100000", "--set", "patience=100000"]
+    words = ["train", "bc", "--data", str(store), "--out", str(out), "--top", "1", "--epochs", "100000"]
+    words += ["--set", "patience=100000"]
     process = subprocess.Popen([*MANGO, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
     deadline = time.monotonic() + 60
     while not out.exists() and time.monotonic() < deadline and process.poll() is None:
