@@ -47,7 +47,7 @@ def filled(text: str, table: str) -> str:
 
 
 def demo_lines(path: Path) -> Iterator[str]:
-    """The demo's summary: one line per policy, workload and budget."""
+    """The demo's summary per workload and budget: AdamW, the learned policy, the heuristics, and of the fixed rungs the best."""
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -55,10 +55,7 @@ def demo_lines(path: Path) -> Iterator[str]:
     yield ""
     yield "| workload | budget | policy | bytes held | held-out loss | gap to AdamW | 95 % interval |"
     yield "|---|---|---|---:|---:|---:|---|"
-    for row in content["summary"]:
-        if row["val_loss"] is None:
-            yield f"| {row['workload']} | {budget(row)} | {row['policy']} | does not fit | | | |"
-            continue
+    for row in shown(content["summary"]):
         interval = "" if row["gap_low"] is None else f"{row['gap_low']:+.1f} .. {row['gap_high']:+.1f} %"
         yield (
             f"| {row['workload']} | {budget(row)} | {row['policy']} | {row['state_bytes_peak']:,} | {row['val_loss']:.4f} "
@@ -67,6 +64,18 @@ def demo_lines(path: Path) -> Iterator[str]:
     yield ""
     yield from (f"- {line}" for line in content.get("verdicts", []))
     yield ""
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a loss, by workload and budget, the best loss first; of fixed rungs only the best."""
+    done = sorted((row for row in rows if row["val_loss"] is not None), key=lambda r: (r["workload"], r["budget"], r["val_loss"]))
+    kept: list[dict[str, Any]] = []
+    for row in done:
+        place = (row["workload"], row["budget"])
+        fixed = row["policy"].startswith("fixed:")
+        if not fixed or not any(k["policy"].startswith("fixed:") and (k["workload"], k["budget"]) == place for k in kept):
+            kept.append({**row, "policy": f"{row['policy']} (best fixed)"} if fixed else row)
+    return kept
 
 
 def budget(row: dict[str, Any]) -> str:

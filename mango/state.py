@@ -186,7 +186,8 @@ class TensorState:
             self._resubspace(old, config, generator)
 
         made = {"held"} - set(self.encoded)                      # appears with the next gradient
-        for slot in sorted(set(after) - made, key=growth):       # what shrinks goes first
+        # What shrinks goes first; ties by name, not in the order of a set, or runs would not repeat across processes.
+        for slot in sorted(sorted(set(after) - made), key=growth):
             codec, shape = after[slot]
             if slot not in self.encoded:
                 self.encoded[slot] = codec.encode(torch.zeros(shape, device=device))

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from mango_env.cache import TrajectoryCache, build_cache
 from mango_env.curate import compact
 from mango_env.dataset import TrajectoryDataset
 from mango_env.episode import FLAGS, INFOS, Array, Episode
-from mango_env.layout import INDEX_FILE, METADATA_FILE, MINARI_ID, Header, aside, explained, minari_folder, publish, write_json
+from mango_env.layout import MINARI_ID, Header, aside, explained, minari_folder, publish
 from mango_env.reward import Reward
 from mango_env.store import TrajectoryWriter
 
@@ -173,11 +172,8 @@ def to_minari(path: str | os.PathLike[str], dataset_id: str | None = None) -> An
             clash = f"digest {found.digest}, not {dataset.digest}"
             raise ValueError(f"{target} holds other data ({clash}); choose another dataset_id")
     else:
-        temporary = aside(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        compact(path, temporary / "data" / INDEX_FILE)
-        write_json(temporary / "data" / METADATA_FILE, {**dataset.metadata, "dataset_id": name})
-        os.replace(temporary, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compact(path, target)
     return minari.load_dataset(name)
 
 

@@ -38,7 +38,7 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {     # name -> dtyp
 CACHE_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """B transitions drawn at random, or, with a leading axis more, B sequences of L steps."""
 
@@ -52,7 +52,7 @@ class Batch:
     rows: Array                             # (B,) int64: of `TrajectoryCache.columns`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SequenceBatch(Batch):
     """B stretches of L steps, each within one episode: all arrays are (B, L, ...). What `mask` excludes repeats the last step."""
 
@@ -60,7 +60,7 @@ class SequenceBatch(Batch):
     starts: Array                           # (B,) int64: position of the stretch in its episode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrajectoryCache:
     """The transitions of a store, or of some of its episodes (`select`), for random access.
 
@@ -167,16 +167,19 @@ class TrajectoryCache:
         return _reopen, (self.path, self.indices)
 
 
-def build_cache(root: str | os.PathLike[str]) -> TrajectoryCache:
+def build_cache(root: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> TrajectoryCache:
     """The cache of a store (a folder or a file made by `compact`), built if it is not there yet.
 
-    Episodes are streamed, so memory holds one at a time. It is written aside and renamed; a second process that wants it
-    meanwhile waits and then uses it. Caches of earlier contents stay until they are deleted.
+    It lies in the store's own `cache`, beside a file as `<file>.cache`, or in `folder`: a faster disk, or somewhere else
+    because the store cannot be written. Episodes are streamed, so memory holds one at a time. It is written aside and
+    renamed; a second process that wants it meanwhile waits and then uses it. Caches of earlier contents stay until they
+    are deleted.
 
     Raises ValueError for a damaged store, OSError where the cache cannot be written.
     """
     dataset = TrajectoryDataset(root)
-    folder = dataset.path.with_name(f"{dataset.path.name}.cache") if dataset.path.is_file() else Paths.of(root).cache
+    beside = dataset.path.with_name(f"{dataset.path.name}.cache") if dataset.path.is_file() else Paths.of(root).cache
+    folder = beside if folder is None else Path(folder)
     target = folder / dataset.digest
     if not (target / "cache.json").exists():
         try:
@@ -196,6 +199,7 @@ def _build(dataset: TrajectoryDataset, target: Path) -> None:
     temporary.mkdir()
     rows = dataset.transitions + len(dataset)
     lengths: list[int] = []
+    facts: list[Mapping[str, Any]] = []
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((temporary / f"{name}.npy").open("wb")) for name in COLUMNS}
@@ -204,10 +208,11 @@ def _build(dataset: TrajectoryDataset, target: Path) -> None:
             for episode in dataset:
                 _append(files, episode)
                 lengths.append(len(episode))
+                facts.append(episode.attributes)
         if sum(lengths) != dataset.transitions:
             found = f"expected {dataset.transitions} transitions, found {sum(lengths)}"
             raise ValueError(f"{dataset.path}: {found}; rebuild the index with `mango data salvage {dataset.path}`")
-        _write(temporary / "attributes.json", _table(dataset.attributes))
+        _write(temporary / "attributes.json", _table(facts))
         np.save(temporary / "lengths.npy", np.array(lengths, np.int64))
         summary = {"cache_version": CACHE_VERSION, "digest": dataset.digest, "rows": rows, "mango": dataset.header.to_dict()}
         _write(temporary / "cache.json", summary)
@@ -234,7 +239,7 @@ def _append(files: Mapping[str, IO[bytes]], episode: Episode) -> None:
             file.write(column.tobytes() + bytes(column[:1].nbytes))
 
 
-def _table(attributes: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def _table(attributes: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names = sorted({name for facts in attributes for name in facts})
     return {name: [facts.get(name) for facts in attributes] for name in names}
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from mango_env.dataset import TrajectoryDataset, open_datasets
 from mango_env.episode import Episode
-from mango_env.layout import Header, aside, explained, sync
+from mango_env.layout import Header, Paths, aside, explained, sync, write_json
 from mango_env.reward import Reward
 from mango_env.shards import ShardWriter
 from mango_env.store import TrajectoryWriter, finalize
 
 SPLIT_BY = ("run", "workload")
+FILES = (".h5", ".hdf5")
 
 
 def merge(roots: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, reward: Reward | None = None) -> Path:
@@ -101,30 +102,41 @@ def _assign(groups: Sequence[str], fractions: Mapping[str, float], seed: int, by
 
 
 def compact(root: str | os.PathLike[str], out: str | os.PathLike[str], *, compression: str | None = "gzip") -> Path:
-    """A whole store as one HDF5 file to share: the same reader reads it, and `to_minari` registers it with Minari.
+    """A whole store packed into one HDF5 file to share: nothing to record into, everything else works as before.
 
-    `compression` of the observations: "gzip", "lzf" (faster, known to h5py alone) or None.
+    `out` ending in .h5 or .hdf5 is that file alone. Any other name is a folder that Minari reads, too: the file is its
+    `data/main_data.hdf5`, beside `data/metadata.json`. `compression` of the observations: "gzip", "lzf" (faster, known
+    to h5py alone) or None. Returns `out`.
     """
     dataset, target = TrajectoryDataset(root), Path(out)
-    if target.suffix not in (".h5", ".hdf5"):
-        raise ValueError(f"{target} must end in .h5 or .hdf5")
-    if target.exists():
-        raise ValueError(f"{target} exists; remove it or choose another name")
+    if target.suffix in FILES:
+        if target.exists():
+            raise ValueError(f"{target} exists; remove it or choose another name")
+        return _pack(dataset, target, compression)
+    with _new_folder(target) as folder:
+        paths = Paths(folder)
+        paths.data.mkdir(parents=True)
+        _pack(dataset, paths.index, compression)
+        write_json(paths.metadata, {**dataset.metadata, "dataset_id": Paths(target).dataset_id(dataset.header)})
+    return target
+
+
+def _pack(dataset: TrajectoryDataset, target: Path, compression: str | None) -> Path:
     temporary = aside(target)
-    shard: ShardWriter | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shard = ShardWriter(temporary, dataset.header, len(dataset), compression)
-        for episode in dataset:
-            shard.add(episode)
-        shard.publish(json.dumps(dataset.metadata))
+        try:
+            for episode in dataset:
+                shard.add(episode)
+            shard.publish(json.dumps(dataset.metadata))
+        except BaseException:
+            shard.abandon()
+            raise
         os.replace(temporary, target)
         sync(target.parent)
     except BaseException as error:
-        if shard is not None:
-            shard.abandon()
-            shard.temporary.unlink(missing_ok=True)
-        temporary.unlink(missing_ok=True)
+        temporary.with_name(temporary.name + ".tmp").unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise explained(error, f"cannot write {target}", "make room or choose another folder") from error
         raise

@@ -131,6 +131,11 @@ class Paths:
             what = f"cannot make a trajectory store at {self.root}"
             raise explained(error, what, "choose a folder that can be written") from error
 
+    def must_be_recordable(self) -> None:
+        """Refuse to rebuild the index of a packed store, whose index holds the episodes themselves."""
+        if self.index.exists() and not self.shards.is_dir():
+            raise ValueError(f"{self.root} is packed and cannot be added to; record into another folder and merge the two")
+
     def dataset_id(self, header: Header) -> str:
         """Minari's name of the store: its path where that is one (`mango/<task>/<policy>-v<n>`), else made from the header."""
         tail = "/".join(self.root.absolute().parts[-3:])

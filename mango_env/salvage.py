@@ -42,6 +42,7 @@ def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False) -> Salvage
     Raises ValueError where `root` is no trajectory store of this version, OSError where the recovered cannot be written.
     """
     paths = Paths.of(root)
+    paths.must_be_recordable()
     header = _header(paths)
     episodes, recovered, quarantined, alive = 0, [], [], []
     with locked(paths.shards / ".salvage.lock"):

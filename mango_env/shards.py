@@ -270,8 +270,9 @@ def read_episode(group: h5py.Group, where: str, check: bool = False) -> Episode:
     """
     try:
         attributes = read_attributes(group)
-        infos = {name: _read(dataset) for name, dataset in group["infos"].items()}
-        arrays = {name: _read(group[name]) for name in ARRAYS}
+        logged = h5g.open(group.id, b"infos")
+        infos = {name.decode(): _read(logged, name) for name in logged}
+        arrays = {name: _read(group.id, name.encode()) for name in ARRAYS}
         kept = {name: value for name, value in attributes.items() if name not in RESERVED}
         episode = Episode(infos=infos, attributes=kept, **arrays)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -284,19 +285,29 @@ def read_episode(group: h5py.Group, where: str, check: bool = False) -> Episode:
 
 
 def read_attributes(group: h5py.Group) -> dict[str, Any]:
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in group.attrs.items()}
+    """All attributes as Python scalars. The low-level interface takes half the time here, too."""
+    return dict(_attribute(h5a.open(group.id, index=i)) for i in range(h5a.get_num_attrs(group.id)))
 
 
-def _read(dataset: h5py.Dataset) -> Array:
+def _attribute(attribute: Any) -> tuple[str, Any]:
+    array = np.empty((), attribute.dtype)
+    attribute.read(array)
+    value = array.item()
+    return attribute.name.decode(), value.decode() if isinstance(value, bytes) else value
+
+
+def _read(group: Any, name: bytes) -> Array:
+    dataset = h5d.open(group, name)
     array = np.empty(dataset.shape, dataset.dtype)
-    dataset.read_direct(array)
+    dataset.read(h5s.ALL, h5s.ALL, array)
     return array
 
 
 def read_entry(group: h5py.Group, shard: str, name: str, where: str) -> Entry:
     """What the index needs to know of an episode, without reading its arrays."""
     try:
-        found = {key: group.attrs[key] for key in ("run_id", "layer_index", "digest", "total_steps", "complete")}
+        wanted = (b"run_id", b"layer_index", b"digest", b"total_steps", b"complete")
+        found = dict(_attribute(h5a.open(group.id, key)) for key in wanted)
     except (KeyError, OSError, RuntimeError) as error:
         raise ValueError(f"{where}: expected a complete episode, found one without its attributes ({error})") from error
     return Entry(found["run_id"], int(found["layer_index"]), found["digest"], shard, name, int(found["total_steps"]))

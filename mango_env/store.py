@@ -74,6 +74,7 @@ class TrajectoryWriter:
         self._shard: ShardWriter | None = None
         self._shards = 0
         self._pid = os.getpid()
+        self.paths.must_be_recordable()
         self.paths.create()
         _claim(self.paths, self.header)
         self._stem = f"{slug(socket.gethostname())}-{self._pid}-{secrets.token_hex(3)}"
@@ -167,9 +168,10 @@ def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
     Episodes are ordered by run and layer, so the order, like the digest, depends on what was recorded and not on which
     process wrote it when. Safe to call at any time and from several processes.
 
-    Raises ValueError naming a shard that cannot be read or belongs to another kind of store.
+    Raises ValueError naming a shard that cannot be read or belongs to another kind of store, or where the store is packed.
     """
     paths = Paths.of(root)
+    paths.must_be_recordable()
     with locked(paths.index_lock):
         header = Header.from_dict(read_json(paths.metadata).get("mango"), paths.metadata)
         entries: list[Entry] = []

@@ -147,8 +147,8 @@ def build_cache_killed_after(root: Path, episodes: int) -> None:
 
     append, count = cache._append, itertools.count(1)
 
-    def killing(*args: Any) -> None:
-        append(*args)
+    def killing(files: Any, episode: Episode) -> None:
+        append(files, episode)
         if next(count) == episodes:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -60,7 +60,7 @@ def write_puzzle(root: Path, runs: int, *, rung: int | None = None, steps: int =
         for run in range(runs):
             for layer in range(layers):
                 seen = rng.uniform(-15, 15, (steps + 1, FEATURE_DIM)).astype(np.float32)
-                seen[:, 1:] *= 0.01                          # the other features say nothing
+                seen[:, 1:] = 0                              # the other features say nothing
                 rungs = rng.integers(len(LADDER), size=steps) if rung is None else np.full(steps, rung)
                 infos = {name: np.zeros(steps, info_dtype(name)) for name in INFOS}
                 infos["rung"] = rungs.astype(np.int16)
@@ -82,14 +82,14 @@ def facts(run: int, layer: int, layers: int, reward: Reward) -> dict[str, Any]:
     return {
         "run_id": f"run{run}", "layer_index": layer, "layer_name": f"layer{layer}", "layer_kind": "linear", "n_layers": layers,
         "workload": "easy" if run % 2 else "hard", "policy": "random", "seed": run, "budget_bytes": 1000, "adamw_bytes": 4000,
-        "horizon": 80, "interval": 10, "lr": 1e-3, "rule": "adamw", "numel": 500, "reward": reward.to_json(), "mango_version": "0",
+        "horizon": 80, "interval": 10, "lr": 1e-3, "rule": "adamw", "numel": 500, "reward": reward.to_json(),
+        "mango_version": "0",
     }  # fmt: skip
 
 
-def fresh_return(network: PolicyNetwork, folder: Path, head: str = "rung", seeds: int = 4) -> float:
+def fresh_return(network: PolicyNetwork, folder: Path, head: str = "rung", seeds: int = 3) -> float:
     """Mean return of the frozen network on runs, set up as those of `mixed`, that nobody recorded."""
     policy: Any = load_policy(freeze(network, folder / "policy", head=head, card={}))
-    runs = [
-        TrainingRun(WORKLOAD, 1000 + seed, horizon=MIXED.horizon, interval=MIXED.interval, memory_budget=AMPLE) for seed in range(seeds)
-    ]
+    setting: dict[str, Any] = {"horizon": MIXED.horizon, "interval": MIXED.interval, "memory_budget": AMPLE}
+    runs = [TrainingRun(WORKLOAD, 1000 + seed, **setting) for seed in range(seeds)]
     return sum(record_run(run, policy, None, MIXED.reward).returns for run in runs) / seeds

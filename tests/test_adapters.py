@@ -52,11 +52,10 @@ def transitions(buffer: Any) -> list[Any]:
     return [buffer.transition_picker(*inner[i]) for i in range(inner.transition_count)]
 
 
-@pytest.mark.parametrize("through", ["path", "cache", "dataset"])
-def test_d3rlpy_gets_every_transition_aligned_and_every_reward(d3rlpy: Any, tmp_path: Path, through: str) -> None:
+@pytest.mark.parametrize("through", [Path, build_cache, TrajectoryDataset])
+def test_d3rlpy_gets_every_transition_aligned_and_every_reward(d3rlpy: Any, tmp_path: Path, through: Any) -> None:
     made = tagged_store(tmp_path)
-    sources = {"path": lambda: tmp_path, "cache": lambda: build_cache(tmp_path), "dataset": lambda: TrajectoryDataset(tmp_path)}
-    buffer = to_d3rlpy(sources[through]())
+    buffer = to_d3rlpy(through(tmp_path))
     found = transitions(buffer)
     assert len(found) == sum(len(e) for e in made) == buffer.transition_count
     at = iter(found)
@@ -185,7 +184,7 @@ def test_from_minari_is_the_way_back(minari: Any, tmp_path: Path) -> None:
     assert [e.key for e in TrajectoryDataset(some)] == [e.key for e in made[4:]]
 
 
-@pytest.mark.filterwarnings("ignore:`eval_env` is set to None")
+@pytest.mark.filterwarnings("ignore::UserWarning:minari.utils")
 def test_from_minari_refuses_what_is_not_ours_in_one_line(minari: Any, tmp_path: Path) -> None:
     from gymnasium.spaces import Box, Discrete
     from minari.data_collector import EpisodeBuffer

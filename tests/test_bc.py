@@ -108,6 +108,15 @@ def test_padding_of_sequences_is_masked_and_every_step_comes_once(riddle: Trajec
         assert float(seen.sum()) == sum(float(e["rewards"].sum()) for e in short.episodes())
 
 
+def test_the_normaliser_of_a_trained_network_is_kept(riddle: TrajectoryCache) -> None:
+    first = train(PolicyNetwork(hidden=(8,)), riddle, BcArgs(top=1.0, epochs=1)).network
+    kept = train(first, solved(riddle).select(np.arange(10)), BcArgs(top=1.0, epochs=1)).network
+    again = train(first, solved(riddle).select(np.arange(10)), BcArgs(top=1.0, epochs=1, fit_normaliser=True)).network
+    assert float(first.trunk.normaliser.std[0]) == pytest.approx(30 / 12**0.5, rel=0.1)       # uniform over 30
+    assert torch.equal(kept.trunk.normaliser.mean, first.trunk.normaliser.mean)
+    assert not torch.equal(again.trunk.normaliser.mean, first.trunk.normaliser.mean)
+
+
 def test_ctrl_c_keeps_the_best_checkpoint(riddle: TrajectoryCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     epochs, original = 0, bc._fit_epoch
 

@@ -98,6 +98,8 @@ def test_the_cache_is_built_once_per_content_and_follows_it(tmp_path: Path) -> N
     second = build_cache(tmp_path)
     assert second.path != first.path and len(second) == len(first) + 6
     assert len(load_cache(first.path)) == len(first), "the earlier one still stands"
+    elsewhere = build_cache(tmp_path, tmp_path / "fast disk")
+    assert elsewhere.path.parent == tmp_path / "fast disk" and len(elsewhere) == len(second)
 
 
 def test_a_damaged_cache_is_refused_and_a_half_built_one_is_rebuilt(tmp_path: Path) -> None:

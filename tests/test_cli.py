@@ -273,10 +273,11 @@ def test_the_demo_goes_all_the_way_and_ends_with_the_rows_of_the_evaluation(tmp_
     policies = {row["policy"] for row in result["rows"]}
     assert {"adamw", "demo", "water-filling", "random", "fixed:full", "fixed:m4v0"} <= policies
     assert all(row["state_bytes_peak"] <= row["budget_bytes"] for row in result["rows"] if row["fits"])
-    assert [gate["candidate"] for gate in result["gates"]] == ["bc", "iql", "d3rlpy-discrete-cql", "ppo"]
+    assert [gate["policy"] for gate in result["gates"]] == ["bc", "iql", "d3rlpy-discrete-cql", "ppo"]
     stages = " ".join(stage["stage"] for stage in result["stages"])
     for word in ("collect", "validate", "cloning", "IQL", "d3rlpy", "gate", "PPO", "freeze", "evaluate"):
         assert word in stages
     policy = load_policy(result["policy"])
     assert policy.card["evaluation"] and policy.card["training_data_digest"] and policy.card["verdicts"] == result["verdicts"]
+    assert json.loads(Path(result["policy"]).with_suffix(".json").read_text())["card"]["licence"] == "MIT"
     assert (tmp_path / "demo" / "report.html").is_file() and (tmp_path / "demo" / "report.csv").is_file()

@@ -32,7 +32,7 @@ class Still(gym.Env[Any, Any]):
     def __init__(self, head: str) -> None:
         low, high = np.array([f.low for f in FEATURES], np.float32), np.array([f.high for f in FEATURES], np.float32)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.action_space = spaces.Discrete(len(LADDER)) if head == "rung" else spaces.MultiDiscrete(NVEC)
+        self.action_space = spaces.Discrete(len(LADDER)) if head == "rung" else spaces.MultiDiscrete(list(NVEC))
 
     def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
         return np.zeros(FEATURE_DIM, np.float32), {}
@@ -175,7 +175,7 @@ def test_a_malicious_checkpoint_is_refused_unless_it_is_trusted(kind: str, tmp_p
         load_policy(planted)
     assert not (tmp_path / "executed").exists()
     # The payload is a real one: whoever vouches for the file does run it.
-    with pytest.raises(Exception):  # noqa: B017, PT011 (each library fails in its own way after the code ran)
+    with pytest.raises(Exception):  # noqa: B017 (each library fails in its own way after the code ran)
         convert(planted, trust_pickle=True)
     assert (tmp_path / "executed").is_dir()
 

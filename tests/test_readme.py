@@ -1,10 +1,14 @@
 """Promises of the documents: every example runs as it is printed, every command exists, the tree is the house as it stands."""
 
+import doctest
+import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -46,6 +50,20 @@ def test_every_example_runs_as_it_is_printed(
             del WORKLOADS[name]
 
 
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in ("mango", "mango_env", "train_policy")
+    for path in (ROOT / package).rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_docstring_example_runs_as_it_is_printed(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
 def test_the_first_example_is_about_twenty_lines() -> None:
     lines = [line for line in blocks("README.md", "python")[0].splitlines() if line.strip()]
     assert 12 <= len(lines) <= 22
@@ -53,7 +71,8 @@ def test_the_first_example_is_about_twenty_lines() -> None:
 
 def command_of(words: list[str]) -> tuple[list[str], set[str]]:
     """The sub-commands that a command line names, and its options."""
-    path, group = [], typer.main.get_command(app)
+    path: list[str] = []
+    group: Any = typer.main.get_command(app)
     for word in words[1:]:
         if word.startswith("-") or not hasattr(group, "commands"):
             break
@@ -110,6 +129,28 @@ def test_the_tree_names_every_module_and_folder_once_with_a_comment() -> None:
         if path.name != "__init__.py"
     }
     assert sorted(modules - set(names)) == []
+
+
+def test_h4_the_algorithm_has_fewer_than_15_lines_three_contributions_and_its_limitations() -> None:
+    text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    (box,) = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len([line for line in box.splitlines() if line.strip()]) < 15
+    contributions = text.split("Three contributions:")[1].split("Limitations:")[0]
+    assert len(re.findall(r"^\d\. ", contributions, flags=re.MULTILINE)) == 3
+    assert text.split("Limitations:")[1].count("\n- ") >= 3
+    assert "(docs/algorithm.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_h5_results_carry_command_commit_hardware_and_versions() -> None:
+    from train_policy.provenance import about
+
+    facts = about("mango demo")
+    assert facts["command"] == "mango demo" and facts["hardware"]["cores"] >= 1 and "torch" in facts["versions"]
+    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", facts["commit"])
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stamp = content.get("about", content)
+        assert {"command", "commit", "hardware", "versions", "date"} <= set(stamp), path
 
 
 def test_h8_readme_licence_and_citation_agree() -> None:

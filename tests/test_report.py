@@ -122,7 +122,7 @@ def test_dominated_points_are_those_that_another_beats_in_bytes_and_loss() -> No
     rows = [row("small", 10, 2.0), row("good", 20, 1.0), row("bad", 30, 1.5), row("none", 5, None)]
     found = {p.policy: p for p in points(rows)}
     assert {name: p.dominated for name, p in found.items()} == {"small": False, "good": False, "bad": True}
-    assert found["good"].excess == 0.0 and math.isnan(found["good"].error)
+    assert found["good"].loss == 1.0 and math.isnan(found["good"].error)
 
 
 def test_a_result_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -140,8 +140,14 @@ def test_curves_stages_and_failures_of_a_result_survive_reading(tmp_path: Path) 
     stages = [{"stage": "collect", "seconds": 1.5}]
     path.write_text(json.dumps({"rows": [row("a", 10, 1.0)], "curves": [curve], "stages": stages}))
     result = read_result(path)
+    assert result.failures == [] and result.verdicts == []
     assert result.curves == [Curve("cloning", "loss", [1, 2], [3.0, 2.0])] and result.stages[0]["seconds"] == 1.5
     assert [t.rungs for t in traces(result.rows)] == [[["full", "m8v8"], ["m4v4", "m8v8"]]]
+
+
+def test_the_learned_policy_is_drawn_before_heuristics_and_constants() -> None:
+    named = [row(policy, 10, 1.0) for policy in ("fixed:m8v8", "water-filling", "mine")]
+    assert [trace.label.split()[0] for trace in traces(named)] == ["mine", "fixed:m8v8", "water-filling"]
 
 
 def test_csv_rows_leave_out_nested_columns(tmp_path: Path) -> None:

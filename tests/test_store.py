@@ -42,8 +42,8 @@ def test_an_episode_stores_the_standard_dtypes() -> None:
     made = make_episode()
     wide = replace(made, observations=made.observations.astype(np.float64), actions=made.actions.astype(np.int64))
     assert same(made, wide)
-    assert (wide.observations.dtype, wide.actions.dtype, wide.rewards.dtype) == (np.float32, np.int8, np.float32)
-    assert {name: a.dtype for name, a in wide.infos.items()} == {**dict.fromkeys(INFOS, np.float32), "rung": np.int16}
+    assert [str(a.dtype) for a in (wide.observations, wide.actions, wide.rewards)] == ["float32", "int8", "float32"]
+    assert {name: str(a.dtype) for name, a in wide.infos.items()} == {**dict.fromkeys(INFOS, "float32"), "rung": "int16"}
 
 
 @pytest.mark.parametrize(
@@ -422,8 +422,22 @@ def test_compact_makes_one_file_that_is_the_same_store(tmp_path: Path) -> None:
         assert set(opened) == {f"episode_{i}" for i in range(8)}
     with pytest.raises(ValueError, match="exists; remove it"):
         compact(tmp_path / "elsewhere", file)
-    with pytest.raises(ValueError, match=r"must end in \.h5"):
-        compact(tmp_path / "elsewhere", tmp_path / "all.zip")
+    packed = compact(tmp_path / "elsewhere", tmp_path / "mango" / "digits_mlp" / "packed-v2")
+    assert TrajectoryDataset(packed).digest == dataset.digest and validate(packed).ok
+    assert TrajectoryDataset(packed).id == "mango/digits_mlp/packed-v2"
+    assert [p.name for p in (packed / "data").iterdir()] == ["main_data.hdf5", "metadata.json"]
+
+
+def test_a_packed_store_is_read_and_never_recorded_over(tmp_path: Path) -> None:
+    record(tmp_path / "store")
+    packed = compact(tmp_path / "store", tmp_path / "packed")
+    before = (packed / "data" / "main_data.hdf5").read_bytes()
+    for change in (writer, finalize, salvage):
+        with pytest.raises(ValueError, match="is packed and cannot be added to; record into another folder and merge"):
+            change(packed)
+    assert (packed / "data" / "main_data.hdf5").read_bytes() == before
+    record(tmp_path / "more", runs=6)
+    assert len(TrajectoryDataset(merge([packed, tmp_path / "more"], tmp_path / "all"))) == 12
 
 
 def test_a_single_shard_is_read_as_a_store(tmp_path: Path) -> None:
@@ -438,3 +452,13 @@ def test_salvage_of_a_sound_store_changes_nothing(tmp_path: Path) -> None:
     done = salvage(tmp_path)
     assert (done.episodes, done.recovered, done.quarantined, done.alive) == (0, (), (), ())
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.h5")} == before
+
+
+def test_the_committed_fixture_is_small_real_and_of_todays_standard(root: Path) -> None:
+    """Where it fails after a change of features, menus or format: python -m trajectories.make_fixture."""
+    fixture = root / "trajectories" / "fixture"
+    report, found = validate(fixture), info(fixture)
+    assert report.ok and report.warnings == (), str(report)
+    assert sum(file.stat().st_size for file in fixture.rglob("*") if file.is_file()) < 1_000_000
+    assert set(found["workloads"]) == {"digits_mlp", "digits_cnn"} and len(found["policies"]) >= 3
+    assert found["transitions"] >= 400 and found["returns"]["std"] > 0

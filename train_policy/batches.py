@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mango.features import FEATURE_DIM
+from mango.networks import PolicyNetwork
 from mango_env.cache import TrajectoryCache
 
 NORMALISER_ROWS = 200_000                                # observations that fit a normaliser; more change nothing
@@ -105,6 +106,17 @@ def observations_of(cache: TrajectoryCache, seed: int = 0, most: int = NORMALISE
         rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
     seen = torch.from_numpy(cache.columns["observations"].take(rows, 0))
     return seen.reshape(-1, FEATURE_DIM)
+
+
+def prepare_normaliser(network: PolicyNetwork, cache: TrajectoryCache, fit: bool | None, seed: int) -> None:
+    """Fit the network's normaliser to the data: always, never, or (None) where it never was.
+
+    Fitting that of a trained network would change what its weights mean.
+    """
+    own, fresh = network.trunk.normaliser, PolicyNetwork(**network.architecture).trunk.normaliser
+    unfitted = torch.equal(own.mean, fresh.mean) and torch.equal(own.std, fresh.std)
+    if fit or (fit is None and unfitted):
+        network.fit_normaliser(observations_of(cache, seed))
 
 
 def runs_of(cache: TrajectoryCache) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from mango.config import KNOBS
 from mango.networks import PolicyNetwork, PolicyOutput
 from mango.trunks import LstmTrunk
 from mango_env.cache import TrajectoryCache
-from train_policy.batches import Loader, Steps, check_ladder, observations_of, select_best, select_policies, split_runs
+from train_policy.batches import Loader, Steps, check_ladder, prepare_normaliser, select_best, select_policies, split_runs
 from train_policy.fitting import TrainingInterrupted, progress_line, save_checkpoint
 from train_policy.transfer import check_head, clone
 
@@ -38,7 +38,7 @@ class BcArgs:
     patience: int = 10                                   # epochs without a better held-out accuracy before stopping
     gamma: float = 0.99                                  # of the returns that the value head learns
     head: str = "rung"                                   # the head that decides when it is deployed, and when to stop
-    fit_normaliser: bool = True
+    fit_normaliser: bool | None = None                   # None: only that of a network that never was trained
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,9 +91,8 @@ def train(
     chosen = select_best(select_policies(cache, args.policies) if args.policies else cache, args.share)
     training, validation = split_runs(chosen, args.validation, args.seed)
     student, best = clone(network), clone(network)
-    if args.fit_normaliser:
-        student.fit_normaliser(observations_of(training, args.seed))
-        best.load_state_dict(student.state_dict())
+    prepare_normaliser(student, training, args.fit_normaliser, args.seed)
+    best.load_state_dict(student.state_dict())
     sequences = isinstance(student.trunk, LstmTrunk)
     loader = Loader(training, args.batch_size, args.seed, sequences=sequences, gamma=args.gamma)
     held = Loader(validation, 4096, args.seed, sequences=sequences, gamma=args.gamma)

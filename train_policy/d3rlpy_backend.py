@@ -27,6 +27,7 @@ from train_policy.seeding import borrowed_rng
 if TYPE_CHECKING:
     from train_policy.offline import Task
 
+TARGET_UPDATES = 100                                     # between copies of DiscreteCQL's target network
 ACTION_FEATURES = 128                                    # width where a critic joins features and actions
 DISCRETE, CONTINUOUS = ("discrete-cql",), ("iql", "td3+bc")
 
@@ -104,7 +105,11 @@ def build(name: str, network: PolicyNetwork, *, batch_size: int, learning_rate: 
     algos = d3rlpy.algos
     if name == "discrete-cql":
         config = algos.DiscreteCQLConfig(
-            learning_rate=learning_rate, encoder_factory=factory, alpha=conservatism, target_update_interval=200, **shared
+            learning_rate=learning_rate,
+            encoder_factory=factory,
+            alpha=conservatism,
+            target_update_interval=TARGET_UPDATES,
+            **shared,
         )
     elif name == "iql":
         config = algos.IQLConfig(value_encoder_factory=factory, expectile=expectile, **encoders, **rates, **shared)
@@ -141,11 +146,11 @@ def fit(name: str, task: "Task") -> None:
         expectile=args.expectile,
         seed=args.seed,
     )
-    buffer = to_d3rlpy(task.training, "rung" if name in DISCRETE else "continuous")
     seen = observations_of(task.training, args.seed)
     per_epoch = min(args.report_every, args.updates)
     done = 0
     with tempfile.TemporaryDirectory() as folder, borrowed_rng(args.seed), redirect_stdout(io.StringIO()):
+        buffer = to_d3rlpy(task.training, "rung" if name in DISCRETE else "continuous")
         factory = import_d3rlpy().logging.FileAdapterFactory(root_dir=folder)
         epochs = algo.fitter(
             buffer,

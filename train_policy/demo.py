@@ -18,8 +18,8 @@ from train_policy.gate import decide
 
 T = TypeVar("T")
 DIGITS = ("digits_mlp", "digits_cnn")
-TEACHERS = ("random", "explore:water-filling", "explore:adaptive", "adaptive", "water-filling")
-FIXED_TEACHERS = ("fixed:m2v0", "fixed:m4v0", "fixed:m4v4", "fixed:m8v4")
+TEACHERS = ("random", "explore:water-filling", "adaptive", "water-filling")
+FIXED_TEACHERS = ("fixed:m4v0", "fixed:m4v4")
 HEURISTICS = ("random", "scheduled", "adaptive", "water-filling")
 CLONE, NATIVE, D3RLPY, TUNED, NAME = "bc", "iql", "d3rlpy-discrete-cql", "ppo", "demo"
 
@@ -227,7 +227,7 @@ def gate_stage(args: DemoArgs, journal: Journal, incumbent: str, candidates: Seq
     returns = {name: returns_by_run(row for row in rows if row.policy == path.stem) for path, name in paths.items()}
     for name in candidates:
         decision = decide(returns[name], returns[incumbent], seed=args.seed)
-        journal.gates.append({"candidate": name, "incumbent": incumbent, **decision.to_dict()})
+        journal.gates.append({"policy": name, "against": incumbent, **decision.to_dict()})
         console.print(f"   {name} against {incumbent}: {decision.reason}", highlight=False, markup=False)
         incumbent = name if decision.accepted else incumbent
     return incumbent, f"{incumbent} stands"
@@ -241,7 +241,7 @@ def card_of(args: DemoArgs, journal: Journal, digest: str) -> dict[str, Any]:
     """What the policy's card says of its making."""
     from train_policy.provenance import about
 
-    gates = [{key: gate[key] for key in ("candidate", "incumbent", "accepted", "reason")} for gate in journal.gates]
+    gates = [{key: gate[key] for key in ("policy", "against", "accepted", "reason")} for gate in journal.gates]
     return {
         "description": "The demo's policy: trained within minutes on digits; it shows the way and is not meant for large models.",
         "licence": "MIT",
@@ -284,6 +284,7 @@ def report_stage(args: DemoArgs, result: dict[str, Any]) -> None:
     """The HTML page and the CSV, from the same JSON that the command writes."""
     from train_policy.report import report_file
 
-    write_json(args.out / "demo.json", result)
-    page, table = report_file(args.out / "demo.json", args.out / "report.html")
+    results = args.out / "results.json"                  # demo.json beside it is the policy's card
+    write_json(results, result)
+    page, table = report_file(results, args.out / "report.html")
     console.print(f"policy: {result['policy']}\nreport: {page}\ntable:  {table}\ntook {result['seconds']:.0f} s", highlight=False)

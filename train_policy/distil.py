@@ -11,6 +11,7 @@ from mango.networks import PolicyNetwork
 from mango.trunks import LstmTrunk
 
 LEAST_UPDATES = 300
+KNOB_SHARPNESS = 5.0                                     # of the rung probabilities whose marginals the knobs learn
 
 
 @cache
@@ -58,11 +59,13 @@ def distil(
 ) -> None:
     """Train heads in place towards targets: rung probabilities (N, R), knob probabilities (N, 31), values (N,).
 
-    Only heads with a target change. `updates`: None means one pass, of small data as many as make `LEAST_UPDATES`. Observations are (N, 64), seen one by one: a trunk with memory is refused.
+    Only heads with a target change. `updates`: None means one pass, of small data as many as make `LEAST_UPDATES`.
+    Observations are (N, 64), seen one by one: a trunk with memory is refused.
     """
     if isinstance(network.trunk, LstmTrunk):
         raise ValueError("distillation sees single observations; an LSTM needs sequences: use architecture 'mlp'")
-    jobs = [(head, t) for head, t in ((network.rung_head, rungs), (network.knob_head, knobs), (network.value_head, values)) if t is not None]
+    asked = ((network.rung_head, rungs), (network.knob_head, knobs), (network.value_head, values))
+    jobs = [(head, target) for head, target in asked if target is not None]
     if not jobs:
         raise ValueError("nothing to distil: give rungs, knobs or values")
     with torch.no_grad():
@@ -89,14 +92,14 @@ def adopt_values(network: PolicyNetwork, weight: Tensor, bias: Tensor, observati
     """Make a policy of action values that are linear in the trunk's features: rung logits become Q / T, exactly.
 
     T is the mean over `observations` of the spread (standard deviation over rungs) of Q, so the logits have spread one;
-    the greedy rung, and what the knapsack picks, do not depend on it. The knob head learns the marginals of softmax(Q / T),
-    the value head max Q. Returns T.
+    the greedy rung, and what the knapsack picks, do not depend on it. The knob head learns the marginals of a sharper
+    softmax (of flat ones the likeliest entries belong to no rung), the value head max Q. Returns T.
     """
     with torch.no_grad():
         q = F.linear(network.trunk(observations), weight, bias)                               # (N, R)
         temperature = max(float(q.std(1, correction=0).mean()), 1e-6)
         network.rung_head.weight.copy_(weight / temperature)
         network.rung_head.bias.copy_(bias / temperature)
-        probabilities = (q / temperature).softmax(1)
+        probabilities = (KNOB_SHARPNESS * q / temperature).softmax(1)
     distil(network, observations, knobs=knob_marginals(probabilities), values=q.amax(1), seed=seed)
     return temperature

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mango.config import FULL, LADDER, CompressionConfig
+from mango.config import FULL, LADDER
 from mango.optimizer import Decision
 from mango.policies import POLICIES, FixedPolicy, RandomPolicy
 from mango.policy_file import load_policy, shipped_policies
@@ -274,7 +274,8 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterable[list[EvaluationRo
     if workers <= 1:
         yield from map(_evaluate_seed, tasks)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    context, count = get_context("spawn"), min(workers, len(tasks))
+    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(_evaluate_seed, tasks)
 
 

@@ -5,12 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from mango.networks import PolicyNetwork
 from mango.policy_file import freeze
@@ -56,8 +52,3 @@ def save_checkpoint(network: PolicyNetwork, path: Path | None, *, head: str, car
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         freeze(network, path, head=head, card=dict(card))
-
-
-def tensor(rows: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor that owns its memory (rows of a memmap are read here, and only here)."""
-    return torch.from_numpy(np.array(rows)).to(dtype)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 MIN_PAIRS = 5                                            # below, all-positive differences are likelier than 1 in 20 by chance
 
 P = TypeVar("P")
+Returns = Mapping[Any, float] | Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,8 @@ def bootstrap_interval(
 
 
 def decide(
-    candidate: Mapping[Any, float] | Sequence[float],
-    incumbent: Mapping[Any, float] | Sequence[float],
+    candidate: Returns,
+    incumbent: Returns,
     *,
     level: float = 0.95,
     resamples: int = 10_000,
@@ -84,7 +85,8 @@ def decide(
     low, high = bootstrap_interval(gain, level, resamples=resamples, seed=seed)
     accepted = low > 0
     verdict = "accepted" if accepted else "refused"
-    reason = f"{verdict}: mean advantage {gain.mean():+.4g}, {level:.0%} interval [{low:+.4g}, {high:+.4g}] over {len(gain)} pairs"
+    interval = f"{level:.0%} interval [{low:+.4g}, {high:+.4g}]"
+    reason = f"{verdict}: mean advantage {gain.mean():+.4g}, {interval} over {len(gain)} pairs"
     return GateDecision(
         accepted, float(gain.mean()), low, high, level, len(gain), float(ours.mean()), float(theirs.mean()), reason
     )
@@ -104,9 +106,7 @@ def gate(
     return (candidate if decision.accepted else incumbent), decision
 
 
-def _paired(
-    candidate: Mapping[Any, float] | Sequence[float], incumbent: Mapping[Any, float] | Sequence[float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _paired(candidate: Returns, incumbent: Returns) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Both as aligned rows (N,)."""
     if isinstance(candidate, Mapping) and isinstance(incumbent, Mapping):
         if set(candidate) != set(incumbent):

@@ -22,7 +22,7 @@ from mango.config import NVEC
 from mango.networks import PolicyNetwork
 from mango.trunks import LstmTrunk, MlpTrunk
 from mango_env.cache import TrajectoryCache
-from train_policy.batches import Loader, Steps, check_ladder, observations_of, split_runs
+from train_policy.batches import Loader, Steps, check_ladder, observations_of, prepare_normaliser, split_runs
 from train_policy.bc import accuracy, imitate
 from train_policy.distil import adopt_values
 from train_policy.fitting import Advance, TrainingInterrupted, progress_line, save_checkpoint
@@ -46,7 +46,7 @@ class OfflineArgs:
     validation: float = 0.2                              # share of runs held out
     reward_scale: float | None = None
     head: str = "rung"                                   # the head that decides when it is deployed
-    fit_normaliser: bool = True
+    fit_normaliser: bool | None = None                   # None: only that of a network that never was trained
     report_every: int = 250                              # updates between rows of the curves and checkpoints
     seed: int = 0
 
@@ -108,8 +108,7 @@ def train(
     training, validation = split_runs(cache, args.validation, args.seed)
     _check_actions(training)
     student = clone(network)
-    if args.fit_normaliser:
-        student.fit_normaliser(observations_of(training, args.seed))
+    prepare_normaliser(student, training, args.fit_normaliser, args.seed)
     scale = args.reward_scale if args.reward_scale is not None else reward_spread(training)
     if not scale > 0:
         raise ValueError(f"reward_scale={scale} must be above 0")
@@ -156,7 +155,10 @@ def _check_actions(cache: TrajectoryCache) -> None:
     )
 
 
-def _reporter(curves: list[dict[str, float]], advance: Advance, save: Callable[[], None]) -> Callable[[int, dict[str, float]], None]:
+Report = Callable[[int, dict[str, float]], None]
+
+
+def _reporter(curves: list[dict[str, float]], advance: Advance, save: Callable[[], None]) -> Report:
     def report(updates: int, numbers: dict[str, float]) -> None:
         advance(updates - (curves[-1]["updates"] if curves else 0), status=", ".join(f"{k} {v:.3g}" for k, v in numbers.items()))
         curves.append({"updates": float(updates), **numbers})

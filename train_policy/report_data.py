@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mango.policies import POLICIES
+
 Row = dict[str, Any]
 NEEDED = ("policy", "workload", "seed", "state_bytes_peak", "val_loss")
 HEAT_MAPS = 4                                            # at most as many traces are drawn
@@ -37,6 +39,8 @@ class Result:
     stages: list[Row] = field(default_factory=list)      # name, seconds, outcome
     about: dict[str, Any] = field(default_factory=dict)
     failures: list[Row] = field(default_factory=list)
+    gates: list[Row] = field(default_factory=list)       # policy, against, accepted, reason
+    verdicts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Point:
 
     policy: str
     nbytes: float                                        # mean of the peaks
-    excess: float                                        # mean held-out loss, above AdamW's where that is known
+    loss: float                                          # mean held-out loss, over AdamW's where that is known
     error: float                                         # its standard error, nan for one seed
     dominated: bool
 
@@ -80,8 +84,8 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} has no rows: nothing finished")
     curves = [Curve(**curve) for curve in content.get("curves", [])] + loss_curves(rows)
     kind = str(content.get("kind", "evaluation"))
-    stages, facts, failures = content.get("stages", []), content.get("about", {}), content.get("failures", [])
-    return Result(f"MANGO: {kind}", rows, curves, stages, facts, failures)
+    rest = {name: content[name] for name in ("stages", "about", "failures", "gates", "verdicts") if name in content}
+    return Result(f"MANGO: {kind}", rows, curves, **rest)
 
 
 def loss_curves(rows: Sequence[Row]) -> list[Curve]:
@@ -99,8 +103,8 @@ def loss_curves(rows: Sequence[Row]) -> list[Curve]:
 
 
 def traces(rows: Sequence[Row]) -> list[Trace]:
-    """Up to `HEAT_MAPS` traces, of different policies and workloads first, those whose decisions vary before fixed ones."""
-    found: list[tuple[tuple[bool, int], Trace]] = []
+    """Up to `HEAT_MAPS` traces: one per policy and workload first, learned before heuristic, varied before constant."""
+    found: list[tuple[tuple[bool, bool, int], Trace]] = []
     seen: set[tuple[str, str]] = set()
     for row in rows:
         rungs = row.get("decisions")
@@ -110,7 +114,9 @@ def traces(rows: Sequence[Row]) -> list[Trace]:
         label = f"{row['policy']} on {row['workload']}, seed {row['seed']}, budget {bytes_text(row.get('budget_bytes'))}"
         layers = row.get("layers") or [f"layer {i}" for i in range(len(rungs[0]))]
         varied = len({rung for one in rungs for rung in one})
-        found.append(((key in seen, -varied), Trace(label, layers, rungs, row.get("state_bytes") or [], row.get("budget_bytes"))))
+        known = row["policy"].split(":")[0] in POLICIES
+        trace = Trace(label, layers, rungs, row.get("state_bytes") or [], row.get("budget_bytes"))
+        found.append(((key in seen, known, -varied), trace))
         seen.add(key)
     return [trace for _, trace in sorted(found, key=lambda item: item[0])[:HEAT_MAPS]]
 
@@ -123,11 +129,11 @@ def points(rows: Sequence[Row]) -> list[Point]:
             groups.setdefault((row["policy"], row.get("budget_bytes")), []).append(row)
     summed = []
     for (policy, _), members in groups.items():
-        excess = [m["val_loss"] - (m.get("val_loss_adamw") or 0.0) for m in members]
-        mean = sum(excess) / len(excess)
+        losses = [m["val_loss"] / (m.get("val_loss_adamw") or 1.0) for m in members]
+        mean = sum(losses) / len(losses)
         error = math.nan
-        if len(excess) > 1:
-            error = math.sqrt(sum((e - mean) ** 2 for e in excess) / (len(excess) - 1) / len(excess))
+        if len(losses) > 1:
+            error = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1) / len(losses))
         summed.append((policy, sum(m["state_bytes_peak"] for m in members) / len(members), mean, error))
     return [
         Point(*one, dominated=any(o[1] <= one[1] and o[2] <= one[2] and (o[1], o[2]) != (one[1], one[2]) for o in summed))

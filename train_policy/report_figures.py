@@ -34,7 +34,7 @@ def figures(result: Result) -> list[tuple[str, str]]:
 
 def pareto_figure(go: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> Any:
     found = sorted(points(rows), key=lambda p: p.nbytes)
-    relative = all(row.get("val_loss_adamw") is not None for row in rows)
+    relative = all(row.get("val_loss_adamw") for row in rows)
     figure = go.Figure()
     for policy in dict.fromkeys(p.policy for p in found):
         mine = [p for p in found if p.policy == policy]
@@ -42,7 +42,7 @@ def pareto_figure(go: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> A
         marker = {"size": 11, "color": colours[policy], "symbol": symbols}
         figure.add_scatter(
             x=[p.nbytes for p in mine],
-            y=[p.excess for p in mine],
+            y=[p.loss for p in mine],
             error_y={"type": "data", "array": [0.0 if math.isnan(p.error) else p.error for p in mine], "thickness": 1},
             mode="markers",
             name=policy,
@@ -50,9 +50,9 @@ def pareto_figure(go: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> A
         )
     front = [p for p in found if not p.dominated]
     line = {"color": "#94a3b8", "dash": "dot", "width": 1}
-    figure.add_scatter(x=[p.nbytes for p in front], y=[p.excess for p in front], mode="lines", name="Pareto front", line=line)
+    figure.add_scatter(x=[p.nbytes for p in front], y=[p.loss for p in front], mode="lines", name="Pareto front", line=line)
     figure.update_xaxes(title="peak state bytes (log)", type="log")
-    figure.update_yaxes(title="held-out loss minus AdamW's" if relative else "held-out loss")
+    figure.update_yaxes(title="held-out loss / AdamW's (log)" if relative else "held-out loss (log)", type="log")
     return styled(figure)
 
 

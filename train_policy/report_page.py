@@ -36,7 +36,9 @@ def page(result: Result, figures: Sequence[tuple[str, str]]) -> str:
     from plotly.offline import get_plotlyjs
 
     parts = [f"<h1>{escape(result.title)}</h1>", verdict(result.rows)]
+    parts += [section("Verdict", "".join(f"<p>{escape(line)}</p>" for line in result.verdicts))] if result.verdicts else []
     parts += [section("Stages", table(result.stages))] if result.stages else []
+    parts += [section("Gates", table(result.gates))] if result.gates else []
     parts += [section("Failed runs", table(result.failures))] if result.failures else []
     scripts = []
     for i, (heading, figure) in enumerate(figures):
@@ -57,9 +59,12 @@ def page(result: Result, figures: Sequence[tuple[str, str]]) -> str:
 
 def verdict(rows: Sequence[Row]) -> str:
     """One paragraph: how many runs there were and whether every budget held at every step."""
-    limited = [row for row in rows if row.get("budget_bytes") and row["state_bytes_peak"] is not None]
+    done = [row for row in rows if row["state_bytes_peak"] is not None]
+    limited = [row for row in done if row.get("budget_bytes")]
     over = [row for row in limited if row["state_bytes_peak"] > row["budget_bytes"]]
-    runs = f"{len(rows)} runs on {', '.join(dict.fromkeys(row['workload'] for row in rows))}."
+    runs = f"{len(done)} runs on {', '.join(dict.fromkeys(row['workload'] for row in rows))}."
+    if len(done) < len(rows):
+        runs += f" {len(rows) - len(done)} more could not be: a fixed config that does not fit its budget."
     if not limited:
         return f"<p>{escape(runs)} None had a budget.</p>"
     if over:
