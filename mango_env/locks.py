@@ -25,7 +25,11 @@ def _flock(file: IO[str], wait: bool) -> bool:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, waiting for it where need be."""
-    with path.open("a", encoding="utf-8") as file:
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise explained(error, f"cannot write below {path.parent}", "choose a folder that can be written") from error
+    with file:
         with suppress(OSError):                              # no locks here: the replacements are atomic all the same
             _flock(file, wait=True)
         yield

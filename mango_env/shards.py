@@ -4,7 +4,7 @@ Three measures make that so, and `tests/test_store_faults.py` cuts a recording a
 
 - all groups of the root are made first, so that adding an episode never rewrites what leads to the earlier ones;
 - every episode carries the hash of its content, so a half-written one is recognised;
-- after the first write that fails, nothing more reaches the file (`_StoppingFile`): what lies on the disk is always
+- after the first write that fails, nothing more reaches the file (`StoppingFile`): what lies on the disk is always
   the beginning of what would have been written.
 """
 
@@ -46,7 +46,7 @@ class Entry:
     steps: int
 
 
-class _StoppingFile:
+class StoppingFile:
     """The file that HDF5 writes to. The first failing write is kept in `error`, and the file is left as it is then.
 
     HDF5 cannot close a file whose writes fail; so it is told that they succeed, and the shard's writer asks for `error`.
@@ -97,9 +97,26 @@ class _StoppingFile:
         """Writes are not buffered here."""
 
     def close(self) -> None:
+        """Let go of the file; raises nothing, see `error`."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to fill in one go; OSError, and no file, where that is impossible."""
+    file = StoppingFile(path)
+    try:
+        with h5py.File(file, "w") as opened:
+            yield opened
+        if file.error is not None:
+            raise file.error
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        file.close()
 
 
 class ShardWriter:
@@ -112,7 +129,7 @@ class ShardWriter:
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
         self.capacity, self.count = capacity, 0
         self._create = _creation(compression)
-        self._file = _StoppingFile(self.temporary)
+        self._file = StoppingFile(self.temporary)
         try:
             self._h5 = h5py.File(self._file, "w")
             self._h5.attrs["mango"] = json.dumps(header.to_dict())
@@ -168,21 +185,12 @@ class ShardWriter:
 
     def _publish_copy(self) -> None:
         part = self.path.with_name(self.path.name + PART)
-        file = _StoppingFile(part)
-        try:
-            with h5py.File(file, "w") as copy:
-                for name, value in self._h5.attrs.items():
-                    copy.attrs[name] = value
-                for j in range(self.count):
-                    h5o.copy(self._h5.id, b"episode_%d" % j, copy.id, b"episode_%d" % j)
-            if file.error is not None:
-                raise file.error
-            publish(part, self.path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        finally:
-            file.close()
+        with new_file(part) as copy:
+            for name, value in self._h5.attrs.items():
+                copy.attrs[name] = value
+            for j in range(self.count):
+                h5o.copy(self._h5.id, b"episode_%d" % j, copy.id, b"episode_%d" % j)
+        publish(part, self.path)
         self.abandon()
         self.temporary.unlink()
 

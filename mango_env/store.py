@@ -33,7 +33,7 @@ from mango_env.layout import (
 )
 from mango_env.locks import WriterLock, locked
 from mango_env.reward import Reward
-from mango_env.shards import SUFFIX, Entry, ShardWriter, read_entries
+from mango_env.shards import SUFFIX, Entry, ShardWriter, new_file, read_entries
 
 MOST_PER_SHARD = 10_000                 # their places are made when the shard is opened
 
@@ -107,12 +107,12 @@ class TrajectoryWriter:
             return self.paths.root
         try:
             self._publish_shard()
-            if self._index:
-                finalize(self.paths.root)
         except OSError as error:
             raise self._failed(error) from error
         finally:
             self._abandon()
+        if self._index:
+            finalize(self.paths.root)
         return self.paths.root
 
     def __enter__(self) -> Self:
@@ -152,14 +152,11 @@ class TrajectoryWriter:
 
 def _claim(paths: Paths, header: Header) -> None:
     """Give a new store its header, so that the next writer can compare; refuse a store of another kind."""
-    try:
-        with locked(paths.index_lock):
-            if paths.metadata.exists():
-                Header.from_dict(read_json(paths.metadata).get("mango"), paths.metadata).must_match(header, paths.root)
-            else:
-                write_index(paths, header, [])
-    except OSError as error:
-        raise explained(error, f"cannot write to {paths.data}", "choose a folder that can be written") from error
+    with locked(paths.index_lock):
+        if paths.metadata.exists():
+            Header.from_dict(read_json(paths.metadata).get("mango"), paths.metadata).must_match(header, paths.root)
+        else:
+            write_index(paths, header, [])
 
 
 def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
@@ -185,12 +182,17 @@ def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
 def write_index(paths: Paths, header: Header, entries: Sequence[Entry]) -> dict[str, Any]:
     """Replace index and metadata; the caller holds the index lock."""
     temporary = aside(paths.index)
-    with h5py.File(temporary, "w") as file:
-        for i, entry in enumerate(entries):
-            file[f"episode_{i}"] = h5py.ExternalLink(f"{SHARDS}/{entry.shard}", f"/{entry.name}")
     payload = metadata(header, entries, paths.dataset_id(header), _megabytes(paths.shards))
-    publish(temporary, paths.index)
-    write_json(paths.metadata, payload)
+    try:
+        temporary.unlink(missing_ok=True)                    # of an earlier process of this number that was killed
+        with new_file(temporary) as file:
+            for i, entry in enumerate(entries):
+                file[f"episode_{i}"] = h5py.ExternalLink(f"{SHARDS}/{entry.shard}", f"/{entry.name}")
+        publish(temporary, paths.index)
+        write_json(paths.metadata, payload)
+    except OSError as error:
+        advice = f"all episodes are kept: make room, then run `mango data salvage {paths.root}`"
+        raise explained(error, f"cannot write the index of {paths.root}", advice) from error
     return payload
 
 

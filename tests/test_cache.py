@@ -47,7 +47,7 @@ def test_sampling_is_uniform_over_transitions_and_seeded(tmp_path: Path) -> None
             w.add(make_episode(run, steps=steps))
     cache = build_cache(tmp_path)
     rows = cache.sample(43_000, np.random.default_rng(0)).rows
-    counts = np.unique_counts(rows).counts
+    counts = np.unique(rows, return_counts=True)[1]
     assert len(counts) == 43 and counts.min() > 800 and counts.max() < 1200                  # 1000 +- 6 standard deviations
     again = cache.sample(43_000, np.random.default_rng(0)).rows
     np.testing.assert_array_equal(rows, again)

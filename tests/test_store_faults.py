@@ -98,7 +98,7 @@ def test_kill_9_at_any_moment_loses_no_flushed_episode(tmp_path: Path) -> None:
 Write = tuple[int, bytes] | int                              # where what was written, or to which size the file was cut
 
 
-class _LoggingFile(shards._StoppingFile):
+class _LoggingFile(shards.StoppingFile):
     """Notes every write, so that a recording can be cut after each of them."""
 
     logs: ClassVar[dict[str, list[Write]]] = {}
@@ -134,7 +134,7 @@ def test_a_recording_cut_after_any_single_write_keeps_every_flushed_episode(
     episode, a quarter of the cuts lost episodes that had been flushed.
     """
     monkeypatch.setattr(_LoggingFile, "logs", {})
-    monkeypatch.setattr(shards, "_StoppingFile", _LoggingFile)
+    monkeypatch.setattr(shards, "StoppingFile", _LoggingFile)
     made = [make_episode(0, layer, steps=3) for layer in range(12)]
     shard = ShardWriter(tmp_path / "cut.h5", Header("t", "p", REWARD), capacity, compression)
     log, flushed = _LoggingFile.logs["cut.h5.tmp"], []
@@ -184,12 +184,14 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing_that_was_flushed(tmp_pa
     assert [e.key[1] for e in TrajectoryDataset(tmp_path).episodes(check=True)] == list(range(w.recorded))
 
 
-def test_a_disk_that_is_full_while_closing_loses_nothing(tmp_path: Path) -> None:
-    w = writer(tmp_path)
+@pytest.mark.parametrize(("per_shard", "says"), [(50, "cannot write trajectories"), (1, "cannot write the index")])
+def test_a_disk_that_is_full_while_closing_loses_nothing(tmp_path: Path, per_shard: int, says: str) -> None:
+    w = writer(tmp_path, episodes_per_shard=per_shard)
     w.add(make_episode(0, 0))
-    with largest_file(1000), pytest.raises(OSError, match="cannot write trajectories"):
+    with largest_file(1000), pytest.raises(OSError, match=says):
         w.close()
-    assert salvage(tmp_path).episodes + len(list((tmp_path / "data" / "shards").glob("*.h5"))) >= 1
+    assert len(TrajectoryDataset(tmp_path)) == 0, "the index is as it was"
+    assert salvage(tmp_path).episodes == (1 if per_shard > 1 else 0)
     assert len(TrajectoryDataset(tmp_path)) == 1
 
 
