@@ -42,7 +42,8 @@ def run(workload: str, seed: int, steps: int, build: Callable[[torch.nn.Module],
         optimizer.step()
     result = {"val_loss": task.evaluate()["val_loss"]}
     if isinstance(optimizer, MANGO):
-        result |= {"error": float(optimizer.layer_errors().mean()), "bytes_per_param": 8 * optimizer.state_bytes() / optimizer.adamw_bytes}
+        per_param = 8 * optimizer.state_bytes() / optimizer.adamw_bytes
+        result |= {"error": float(optimizer.layer_errors().mean()), "bytes_per_param": per_param}
     return result
 
 
@@ -72,7 +73,8 @@ def train(args: Args) -> Path:
                 "gap_percent": mean(gaps),
                 "gap_sd": stdev(gaps) if len(gaps) > 1 else None,
             }
-            print(f"{rung.name:10s} {row['matrix_512_bytes_per_param']:7.3f} B/param  error {row['error']:.3f}  gap {row['gap_percent']:+7.2f} %")
+            bytes_text = f"{row['matrix_512_bytes_per_param']:7.3f} B/param"
+            print(f"{rung.name:10s} {bytes_text}  error {row['error']:.3f}  gap {row['gap_percent']:+7.2f} %")
             rows.append(row)
     return write(args.out, stamp(args) | {"rows": rows})
 

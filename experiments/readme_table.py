@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+STAMP = ("args", "hardware", "versions", "targets")      # of a benchmark's file: no tables
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -83,25 +84,36 @@ def budget(row: dict[str, Any]) -> str:
 
 
 def benchmark_lines(folder: Path) -> Iterator[str]:
-    """The rows of every benchmark, as `benchmarks/record.py` stamps them: {"command", "hardware", ..., "results": [row]}."""
+    """Every table in the files of the benchmarks: beside the stamp of `benchmarks/record.py`, lists of rows, or one row."""
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content.get("results") if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not rows:
+        if not isinstance(content, dict) or "command" not in content:
             continue
-        columns = list(dict.fromkeys(name for row in rows for name in row))
         yield from provenance(content)
         yield ""
-        yield "| " + " | ".join(name.replace("_", " ") for name in columns) + " |"
-        yield "|" + "---|" * len(columns)
-        yield from ("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows)
+        for name, rows in content.items():
+            listed = [rows] if isinstance(rows, dict) else rows
+            if name not in STAMP and isinstance(listed, list) and listed and isinstance(listed[0], dict):
+                yield from table(name, listed)
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows as markdown under their name."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    heads = [column.replace("_", " ") for column in columns]
+    if name != "results":
+        yield f"{name.capitalize()}:"
         yield ""
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(columns)
+    yield from (f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows)
+    yield ""
 
 
 def cell(value: Any) -> str:
-    """A value of a table; a median with its quartiles as "1.04 [1.00, 1.08]"."""
-    if isinstance(value, dict) and {"median", "quartiles"} <= set(value):
-        low, high = value["quartiles"]
+    """A value of a table; a median with its quartiles, or its extremes, as "1.04 [1.00, 1.08]"."""
+    if isinstance(value, dict) and ({"median", "quartiles"} <= set(value) or {"median", "min", "max"} <= set(value)):
+        low, high = value["quartiles"] if "quartiles" in value else (value["min"], value["max"])
         return f"{value['median']:.3g} [{low:.3g}, {high:.3g}]"
     if isinstance(value, dict):
         return ", ".join(f"{key} {cell(item)}" for key, item in value.items())

@@ -14,7 +14,7 @@ import numpy as np
 
 from mango_env.dataset import TrajectoryDataset, open_datasets
 from mango_env.episode import Episode
-from mango_env.layout import Header, Paths, aside, explained, sync, write_json
+from mango_env.layout import Header, Paths, as_json, aside, explained, sync, write_text
 from mango_env.reward import Reward
 from mango_env.shards import ShardWriter
 from mango_env.store import TrajectoryWriter, finalize
@@ -117,7 +117,7 @@ def compact(root: str | os.PathLike[str], out: str | os.PathLike[str], *, compre
         paths = Paths(folder)
         paths.data.mkdir(parents=True)
         _pack(dataset, paths.index, compression)
-        write_json(paths.metadata, {**dataset.metadata, "dataset_id": Paths(target).dataset_id(dataset.header)})
+        write_text(paths.metadata, as_json({**dataset.metadata, "dataset_id": Paths(target).dataset_id(dataset.header)}))
     return target
 
 

@@ -192,10 +192,17 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_json(path: Path, payload: Mapping[str, Any]) -> None:
-    temporary = aside(path)
-    temporary.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-    publish(temporary, path)
+def as_json(payload: Mapping[str, Any]) -> str:
+    return json.dumps(payload, indent=1) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file; OSError, and no file, where that is impossible."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,16 +24,18 @@ from mango_env.layout import (
     SHARDS,
     Header,
     Paths,
+    as_json,
     aside,
     explained,
     publish,
     read_json,
     slug,
-    write_json,
+    write_text,
 )
 from mango_env.locks import WriterLock, locked
 from mango_env.reward import Reward
-from mango_env.shards import SUFFIX, Entry, ShardWriter, new_file, read_entries
+from mango_env.shards import SUFFIX, Entry, ShardWriter, read_entries
+from mango_env.stopping_file import new_file
 
 MOST_PER_SHARD = 10_000                 # their places are made when the shard is opened
 
@@ -181,15 +183,16 @@ def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_index(paths: Paths, header: Header, entries: Sequence[Entry]) -> dict[str, Any]:
     """Replace index and metadata; the caller holds the index lock."""
-    temporary = aside(paths.index)
+    index, described = aside(paths.index), aside(paths.metadata)
     payload = metadata(header, entries, paths.dataset_id(header), _megabytes(paths.shards))
     try:
-        temporary.unlink(missing_ok=True)                    # of an earlier process of this number that was killed
-        with new_file(temporary) as file:
+        index.unlink(missing_ok=True)                        # of an earlier process of this number that was killed
+        with new_file(index) as file:
             for i, entry in enumerate(entries):
                 file[f"episode_{i}"] = h5py.ExternalLink(f"{SHARDS}/{entry.shard}", f"/{entry.name}")
-        publish(temporary, paths.index)
-        write_json(paths.metadata, payload)
+        write_text(described, as_json(payload))
+        publish(index, paths.index)                          # both are written by now: a full disk leaves both as they were
+        publish(described, paths.metadata)
     except OSError as error:
         advice = f"all episodes are kept: make room, then run `mango data salvage {paths.root}`"
         raise explained(error, f"cannot write the index of {paths.root}", advice) from error

@@ -24,6 +24,7 @@ from mango_env.dataset import TrajectoryDataset
 from mango_env.layout import Header
 from mango_env.salvage import salvage
 from mango_env.shards import ShardWriter, open_shard, read_episode
+from mango_env.stopping_file import StoppingFile
 from mango_env.store import finalize
 from mango_env.validate import validate
 from tests.made_episodes import (
@@ -98,7 +99,7 @@ def test_kill_9_at_any_moment_loses_no_flushed_episode(tmp_path: Path) -> None:
 Write = tuple[int, bytes] | int                              # where what was written, or to which size the file was cut
 
 
-class _LoggingFile(shards.StoppingFile):
+class _LoggingFile(StoppingFile):
     """Notes every write, so that a recording can be cut after each of them."""
 
     logs: ClassVar[dict[str, list[Write]]] = {}

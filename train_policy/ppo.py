@@ -151,7 +151,7 @@ def rollout_shape(rollout: int, batch_size: int, slots: int) -> tuple[int, int]:
     SB3 warns about, and learns from, a truncated last batch; a slightly longer rollout usually divides well.
 
     >>> rollout_shape(4096, 512, 3)
-    (1380, 460)
+    (1392, 464)
     """
     least = max(math.ceil(rollout / slots), math.ceil(2 / slots))
 
