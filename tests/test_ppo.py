@@ -108,6 +108,12 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_global_random_numbers_a
     assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
+def test_nothing_is_left_among_the_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    train(network(), layer_env(), quick())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_critic_is_fitted_before_the_actor_may_move() -> None:
     start = network()
     warm = train(start, layer_env(), quick(critic_warmup=64)).network

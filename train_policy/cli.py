@@ -110,7 +110,7 @@ def print_evaluation(rows: list[Any]) -> None:
     body = []
     for row in summary(rows):
         interval = "" if row.gap_low is None else f"{row.gap_low:+.1f} .. {row.gap_high:+.1f}"
-        note = f"{row.failed} failed" if row.failed else "" if row.within_budget else "over budget"
+        note = f"{row.failed} diverged or did not fit" if row.failed else "" if row.within_budget else "over budget"
         body.append((row.policy, row.workload, str(row.budget), row.state_bytes_peak, row.val_loss,
                      row.gap, interval, row.step_time_ratio, note))  # fmt: skip
     caption = "gap: held-out loss above AdamW's; step time: over AdamW's"

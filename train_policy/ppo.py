@@ -103,6 +103,8 @@ def build(network: PolicyNetwork, env: "VecEnv", args: PpoArgs) -> "PPO":
             device="cpu",
             seed=None,
         )
+    # SB3's default logger makes a folder among the temporary files for every run, and leaves it there.
+    ppo.set_logger(sb3.common.logger.Logger(folder=None, output_formats=[]))
     policy = policy_in(ppo)
     to_sb3(network, policy, args.head)
     if anchored:
