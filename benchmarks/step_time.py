@@ -115,7 +115,8 @@ def train(args: Args) -> Path:
         for optimizer, row in rows.items():
             print(f"{optimizer:18s} {row['ms']:8.2f} {row['ratio_fused']:8.2f} {row['ratio_foreach']:9.2f}"
                   f" {row['first_ms']:9.1f} {row['state_bytes_per_param']:8.3f}")  # fmt: skip
-    return write(args.out, stamp(args) | {"results": results})
+    flat = {name: [{"optimizer": optimizer} | row for optimizer, row in rows.items()] for name, rows in results.items()}
+    return write(args.out, stamp(args) | flat)
 
 
 def main() -> None:

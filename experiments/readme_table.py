@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("args", "hardware", "versions", "targets")      # of a benchmark's file: no tables
+LONG = ("ladder",)                                       # files whose tables are too long for a README
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -91,6 +92,10 @@ def benchmark_lines(folder: Path) -> Iterator[str]:
             continue
         yield from provenance(content)
         yield ""
+        if path.stem in LONG:
+            yield f"One row per case: [{path.name}](benchmarks/results/{path.name})."
+            yield ""
+            continue
         for name, rows in content.items():
             listed = [rows] if isinstance(rows, dict) else rows
             if name not in STAMP and isinstance(listed, list) and listed and isinstance(listed[0], dict):
