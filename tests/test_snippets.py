@@ -63,6 +63,13 @@ comp_stats = optimizer.get_compression_stats()
 print(f"Compression ratio: {comp_stats['avg_compression_ratio']:.1f}x")
 """
 
+EXPERIMENT = """
+from experiments.cifar10_experiment import CIFAR10Experiment
+class ImageNetExperiment(CIFAR10Experiment):
+    def setup_data(self): ...
+    def create_model(self): return YourImageNetModel()
+"""
+
 POLICY_NETWORK = """
 CompressionPolicyNet(feature_dim=64, hidden_dim=128, num_layers=2, num_parameter_groups=1, dropout=0.1)
 """
@@ -207,3 +214,17 @@ def test_g3_average_bits_sparsity_and_changes_agree_with_a_scripted_policy_by_ha
     assert stats["avg_sparsity"] == pytest.approx(0.5 / 4)
     assert stats["avg_gradient_bits"] == 32
     assert stats["changes"] == 3                         # down, further down, back up; the last decision changes nothing
+
+
+def test_f12_an_experiment_on_other_data_is_a_subclass_as_written() -> None:
+    from mango_env.workloads.data import ImageData
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (96, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = (pixels[:, 0].float().mean((1, 2)) > 127.5).long()
+    level = torch.full((3, 1, 1), 127.5)
+    network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 2))  # noqa: E731
+    experiment = run(EXPERIMENT, YourImageNetModel=network)["ImageNetExperiment"]("mango_adaptive", steps=12, batch_size=16)
+    experiment.data = ImageData(pixels[:64], labels[:64], pixels[64:], labels[64:], level, level, 2)
+    row = experiment.run()
+    assert row["steps"] == 12 and row["val_loss"] > 0 and row["state_bytes_peak"] <= row["budget_bytes"]
