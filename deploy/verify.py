@@ -29,7 +29,7 @@ from mango.config import NVEC
 from mango.policy_choice import as_policy, proposals
 from mango.policy_file import FrozenPolicy
 from mango_env.workloads import Workload, make_workload
-from train_policy.cli_support import one_line, write_json
+from train_policy.cli_support import one_line, parse_budget, write_json
 from train_policy.provenance import about
 
 FILE_CHECK = "policy can be loaded"
@@ -89,7 +89,7 @@ def verify(args: Args) -> tuple[list[Check], Record]:
         workload.model.named_parameters(),
         lr=args.lr if args.lr is not None else getattr(workload, "lr", 2e-3),
         policy=args.policy,
-        memory_budget=parse(args.memory_budget),
+        memory_budget=parse_budget(args.memory_budget),
         policy_update_freq=args.interval,
         total_steps=args.steps,
         seed=args.seed,
@@ -244,17 +244,6 @@ def storages(roots: Any, skip: set[int]) -> dict[int, int]:
 def first_of(problems: Sequence[str]) -> str:
     """The first problem and how many there are; empty where there is none."""
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
-
-
-def parse(budget: str) -> int | float | str:
-    """A budget from the command line: digits are bytes, a decimal number is a fraction, anything else a size with its unit."""
-    convert: Callable[[str], int | float]
-    for convert in (int, float):
-        try:
-            return convert(budget)
-        except ValueError:
-            continue
-    return budget
 
 
 def arguments(argv: Sequence[str] | None) -> Args:

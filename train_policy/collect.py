@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mango.config import KNOBS, LADDER, CompressionConfig
-from mango.policies import Choice, RandomPolicy, ScoringPolicy
+from mango.config import LADDER, CompressionConfig
+from mango.policies import Choice, RandomPolicy, ScoringPolicy, random_action
 from mango.policy_choice import proposals
 from mango_env.recorder import RunSummary, record_run
 from mango_env.reward import Reward
@@ -136,8 +136,7 @@ class RandomKnobsPolicy:
         self._actions = None
 
     def act(self, obs: Tensor) -> list[CompressionConfig]:
-        sizes = [len(menu) for menu in KNOBS.values()]
-        drawn = torch.stack([torch.randint(n, (len(obs),), generator=self.generator) for n in sizes], 1)
+        drawn = random_action(len(obs), self.generator)
         keep = torch.rand(len(obs), 1, generator=self.generator) < self.persistence
         self._actions = drawn if self._actions is None else torch.where(keep, self._actions, drawn)
         return proposals(self._actions, len(obs))
