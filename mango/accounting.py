@@ -10,7 +10,7 @@ from mango.config import CompressionConfig
 from mango.layers import Layer
 from mango.state import TensorState
 
-COMPONENTS = ("momentum", "variance", "residual", "gradients", "projector", "scales", "indices")
+COMPONENTS = ("momentum", "variance", "residual", "gradients", "projector", "correction", "scales", "indices")
 
 
 @dataclass(slots=True)

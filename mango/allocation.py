@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mango.budget import MemoryBudget
+from mango.codecs import Shape
 from mango.config import CompressionConfig, Ladder
 from mango.layers import Layer
 from mango.policies import Choice, WaterFillingPolicy
@@ -22,16 +23,24 @@ def released(ladder: Ladder) -> Ladder:
 class Allocator:
     """Knows the bytes of every config for every layer, and cuts choices to the budget."""
 
-    def __init__(self, layers: Sequence[Layer], ladder: Ladder, options: StorageOptions, budget: MemoryBudget) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], ladder: Ladder, options: StorageOptions, budget: MemoryBudget,
+        shapes: Sequence[Shape | None] | None = None,
+    ) -> None:  # fmt: skip
+        """`shapes`: of what is kept here of each layer, where that is not all of it; None: nothing."""
         self.layers, self.ladder, self.options, self.budget = layers, ladder, options, budget
+        self.shapes = [layer.shape for layer in layers] if shapes is None else shapes
         self.rung_bytes = torch.tensor(                                              # (L, R)
-            [[predicted_bytes(layer.shape, rung, options) for rung in ladder] for layer in layers], dtype=torch.int64
-        ).reshape(len(layers), len(ladder))
+            [self.nbytes([rung] * len(layers)) for rung in ladder], dtype=torch.int64
+        ).reshape(len(ladder), len(layers)).T.contiguous()
         budget.require(int(self.rung_bytes.min(1).values.sum()) if layers else 0)
 
     def nbytes(self, configs: Sequence[CompressionConfig]) -> list[int]:
         """State bytes of each layer under its config."""
-        return [predicted_bytes(layer.shape, c, self.options) for layer, c in zip(self.layers, configs, strict=True)]
+        return [
+            0 if shape is None else predicted_bytes(shape, config, self.options, layer.rule)
+            for layer, shape, config in zip(self.layers, self.shapes, configs, strict=True)
+        ]
 
     def fits(self, configs: Sequence[CompressionConfig]) -> bool:
         return sum(self.nbytes(configs)) <= self.budget.available

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-KNOBS_VERSION = 1                                        # files carry it; loading compares it
+KNOBS_VERSION = 2                                        # files carry it; loading compares it
 KNOBS: dict[str, tuple[float, ...]] = {                  # the order is the action layout
-    "gradient_bits": (32, 16, 8, 4, 2),                  # bits per value of the gradient
-    "momentum_bits": (32, 16, 8, 4, 2),                  # bits per value of the first moment
+    "gradient_bits": (32, 16, 8, 6, 4, 2),               # bits per value of the gradient
+    "momentum_bits": (32, 16, 8, 6, 4, 2, 0),            # bits per value of the first moment; 0: there is none
     "variance_bits": (32, 16, 8, 4, 0),                  # bits per value of the second moment; 0: row and column factors
     "sparsity": (0.0, 0.5, 0.9, 0.99),                   # fraction of gradient entries dropped
     "rank": (0, 1, 4, 8, 32, 128),                       # rank of the moments' subspace; 0: full
@@ -38,7 +38,7 @@ class CompressionConfig:
     >>> CompressionConfig(momentum_bits=5)
     Traceback (most recent call last):
     ...
-    ValueError: momentum_bits=5 is not on the menu (32, 16, 8, 4, 2)
+    ValueError: momentum_bits=5 is not on the menu (32, 16, 8, 6, 4, 2, 0)
     """
 
     gradient_bits: int = 32
@@ -73,6 +73,11 @@ class CompressionConfig:
     def sparsity_ratio(self) -> float:
         """The earlier public name of `sparsity`."""
         return self.sparsity
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether a first moment is kept; without one the rule steps along the gradient itself."""
+        return self.rank > 0 or self.momentum_bits > 0
 
     @property
     def compresses_gradient(self) -> bool:

@@ -51,7 +51,7 @@ LAYER_FEATURES: tuple[Feature, ...] = (
     Feature("compression_error", "relative error that storing the state added at the last probe", "log10", -10, 2),
     Feature("residual_ratio", "norm of the error-feedback residual over norm of the gradient", "log10", -10, 4),
     Feature("gradient_bits", "gradient bits in force", "log2 / 5", 0, 1),
-    Feature("momentum_bits", "first-moment bits in force (of Q where rank > 0)", "log2 / 5", 0, 1),
+    Feature("momentum_bits", "first-moment bits in force (of Q where rank > 0; 0: none)", "log2(1 + bits) / 5.05", 0, 1),
     Feature("variance_bits", "second-moment bits in force (0: factors)", "log2(1 + bits) / 5.05", 0, 1),
     Feature("sparsity", "fraction of gradient entries dropped", "1", 0, 1),
     Feature("rank", "rank in force over the largest possible (1: full)", "1", 0, 1),
@@ -63,6 +63,7 @@ LAYER_FEATURES: tuple[Feature, ...] = (
     Feature("share", "this layer's part of all parameters", "fraction", 0, 1),
     Feature("importance", "gradient norm over the largest of all layers", "1", 0, 1),
     *(Feature(f"kind_{kind}", f"1 for layers of the kind {kind}", "one-hot", 0, 1) for kind in KINDS),
+    *(Feature(f"rule_{rule}", f"1 for layers that the rule {rule} moves", "one-hot", 0, 1) for rule in RULES),
 )
 GLOBAL_FEATURES: tuple[Feature, ...] = (
     Feature("progress", "steps done over steps in all (0 where unknown)", "fraction", 0, 1),
@@ -80,7 +81,6 @@ GLOBAL_FEATURES: tuple[Feature, ...] = (
     Feature("mean_momentum_alignment", "mean of momentum_alignment over layers", "1", -1, 1),
     Feature("mean_error_momentum_4", "mean of error_momentum_4 over layers", "log10", -10, 2),
     Feature("layers", "number of layers", "log10", 0, 6),
-    *(Feature(f"rule_{rule}", f"1 where the base rule is {rule}", "one-hot", 0, 1) for rule in RULES),
 )
 FEATURES: tuple[Feature, ...] = LAYER_FEATURES + GLOBAL_FEATURES
 FEATURE_DIM = len(FEATURES)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mango.features import KINDS
+from mango.rules import rule_for
 
 # Tried in order on the lower-case name; attention before plain projections, which share the word "proj".
 _PATTERNS: tuple[tuple[str, str], ...] = (
@@ -30,6 +31,7 @@ class Layer:
     shape: tuple[int, ...]
     numel: int
     depth: float
+    rule: str = "adamw"                    # that moves it
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,12 +54,17 @@ def kind_of(name: str, shape: Sequence[int], last: bool = False) -> str:
     return "head" if last else "linear"
 
 
-def describe(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Layer]:
-    """Layers in model order. The last matrix counts as the head where no name says otherwise."""
+def describe(names: Sequence[str], shapes: Sequence[tuple[int, ...]], rules: Sequence[str] = ()) -> list[Layer]:
+    """Layers in model order, with the rule of each one's group (AdamW where none is given).
+
+    The last matrix counts as the head where no name says otherwise.
+    """
     matrices = [i for i, shape in enumerate(shapes) if len(shape) == 2]
     last = matrices[-1] if len(matrices) > 1 else -1
     span = max(1, len(names) - 1)
-    return [
-        Layer(i, name, kind_of(name, shape, last=i == last), tuple(shape), math.prod(shape), i / span)
-        for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
-    ]
+    layers = []
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        kind = kind_of(name, shape, last=i == last)
+        rule = rule_for(rules[i] if rules else "adamw", tuple(shape), kind)
+        layers.append(Layer(i, name, kind, tuple(shape), math.prod(shape), i / span, rule))
+    return layers

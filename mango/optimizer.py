@@ -1,29 +1,38 @@
 """MANGO: AdamW whose state is stored compressed, layer by layer as a policy decides, inside a hard byte budget."""
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
+from mango import checkpoint, master, native, noise
 from mango.accounting import Usage, memory_report, peak_memory, prevailing
 from mango.allocation import Allocator, released
 from mango.budget import MemoryBudget, parse_budget
-from mango.codecs import SIGNED, safe
+from mango.codecs import safe
 from mango.config import FULL, LADDER, CompressionConfig, Ladder
+from mango.formats import SIGNED
+from mango.fused import FusedUpdate, Work
 from mango.layers import Layer, describe
 from mango.loss_track import LossTrack
+from mango.master import MASTER_BITS, correction_bytes, new_correction
 from mango.policies import Choice, FixedPolicy, Policy, ScoringPolicy, WaterFillingPolicy
 from mango.policy_choice import as_policy
-from mango.rules import check_hyper, check_positive
-from mango.state import Compressor, Hyper, StorageOptions, Target, TensorState, dense_gradient, predicted_bytes
+from mango.probing import Window, probe_dense, probe_fused, window_of
+from mango.ranks import Ranks, clip_grad_norm
+from mango.release import HeldGradients, Releasing
+from mango.rules import Hyper, check_hyper, check_positive, rule_for
+from mango.state import Compressor, StorageOptions, Target, TensorState, dense_gradient, predicted_bytes
 from mango.statistics import Context, GradientStatistics
+
+_NO_ERROR = torch.zeros(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Decision:
     loss: float                              # mean since the last decision; nan where no loss was observed
 
 
-class MANGO(Optimizer):
+class MANGO(Releasing):
     """AdamW with compressed state under a byte budget. At full precision it is torch.optim.AdamW.
 
     Every tensor of `min_numel` entries or more is a layer with its own `CompressionConfig`; smaller ones stay at full
@@ -53,10 +62,20 @@ class MANGO(Optimizer):
             a dict of knobs, or an object with `act(obs)` or `scores(obs)`. None: water-filling.
         policy_net: the older spelling of `policy`.
         error_feedback: carry the error of biased gradient compression over to the next step, at `residual_bits`.
+        rule: "adamw", "adam", "sgd" (with momentum), "lion", or "muon" (hidden matrices; AdamW moves the rest). A group may
+            have its own.
+        momentum: of "sgd" and "muon"; None: 0.9.
+        matrix_lr_scale: of Muon's matrices, whose learning rate is `lr` times this: updates are of AdamW's size at 1.
+        master_bits: of bfloat16 parameters. 16: rounded by chance; 24, 32: with a correction of 8 or 16 bits beside them.
         total_steps: length of training, for the policy's sense of progress.
         release_gradients: encode each gradient as backward produces it and drop `p.grad`.
         compressor: an object with `compress(tensor, bits, sparsity_ratio)`, in place of the gradient codecs.
-        seed: of the optimizer's own generator (stochastic rounding, sketches).
+        seed: of stochastic rounding and sketches.
+        strict: raise where otherwise a warning says what goes on without: no compiler for the kernels, a failing policy.
+        shard: under DDP: each tensor's state lives on one rank, which moves the parameter and sends it to the others.
+        process_group: of the ranks that train this model together and build this optimizer alike; None: the DTensors' mesh
+            (FSDP2), or all of torch.distributed; False: this process alone. Decisions are theirs in common; a budget is
+            each rank's own (as a fraction: of AdamW's bytes on the fullest rank).
 
     Raises:
         ValueError: hyper-parameters out of range, an impossible budget (names the least feasible bytes).
@@ -90,31 +109,43 @@ class MANGO(Optimizer):
         compressor: Compressor | None = None,
         seed: int = 0,
         maximize: bool = False,
+        rule: str = "adamw",
+        momentum: float | None = None,
+        matrix_lr_scale: float = 1.0,
+        master_bits: int = 16,
+        strict: bool = False,
+        shard: Any = False,
+        process_group: Any = None,
     ) -> None:
         check_positive(policy_update_freq=policy_update_freq, min_numel=min_numel)
+        if master_bits not in MASTER_BITS:
+            raise ValueError(f"master_bits={master_bits!r} is not on the menu {tuple(MASTER_BITS)}")
         if residual_bits not in SIGNED:
             raise ValueError(f"residual_bits={residual_bits} is not on the menu {tuple(SIGNED)}")
         if policy is not None and policy_net is not None:
             raise ValueError("give policy or policy_net (its older spelling), not both")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+                    "rule": rule, "momentum": momentum, "matrix_lr_scale": matrix_lr_scale}  # fmt: skip
         check_hyper(defaults)
         self.targets: list[Target] = []
         super().__init__(params, defaults)
         self.policy_update_freq, self.total_steps, self.min_numel = policy_update_freq, total_steps, min_numel
         self.options = StorageOptions(error_feedback, residual_bits, release_gradients, compressor)
+        self.seed, self.master_bits, self.strict = seed, master_bits, strict
+        if strict and self._device().type == "cpu":
+            native.load(strict=True)
         self.ladder = released(ladder) if release_gradients else ladder
         self.policy: Policy | ScoringPolicy = as_policy(policy if policy is not None else policy_net, self.ladder)
-        self.generator = torch.Generator(self._device()).manual_seed(seed)
         self.steps = 0
         self.skipped = 0
-        self._budget_asked = memory_budget
-        self._peak_lr = 0.0
-        self._clip = 1.0                                                  # factor on held gradients at the next step
-        self._broken: set[Target] = set()                                 # whose gradient was not finite, where they are held
+        self.budget_asked = memory_budget
+        self.peak_lr = 0.0
+        self.held = HeldGradients(self._state, self.key_of) if release_gradients else None
         self.losses = LossTrack()
         self.usage = Usage()
         self._decision_hooks: OrderedDict[int, Callable[[Decision], None]] = OrderedDict()  # a plain dict takes no weak reference
-        self._gradient_hooks: list[RemovableHandle] = []
+        self._policy_failed = False
+        self.ranks = Ranks.of([p for g in self.param_groups for p in g["params"]], process_group, shard)
         self._set_up()
 
     def _device(self) -> torch.device:
@@ -136,21 +167,35 @@ class MANGO(Optimizer):
         """(Re)count targets and layers, fix the budget, and choose configs for layers that have none."""
         known = {target.param: self.applied[target.layer] for target in self.targets if target.layer is not None}
         self.targets = list(self._list_targets())
-        self._numel: int = sum(target.param.numel() for target in self.targets)
         members = [target for target in self.targets if target.layer is not None]
-        self.layers: list[Layer] = describe([t.name for t in members], [tuple(t.param.shape) for t in members])
-        self.statistics = GradientStatistics(self.layers, self._device())
-        small = sum(predicted_bytes(tuple(t.param.shape), FULL, self.options) for t in self.targets if t.layer is None)
-        total = parse_budget(self._budget_asked, self.adamw_bytes, self._device())
+        self.layers: list[Layer] = describe(
+            [t.name for t in members], [tuple(t.param.shape) for t in members], [t.group["rule"] for t in members]
+        )
+        for target, layer in zip(members, self.layers, strict=True):
+            target.rule = layer.rule
+        self.ranks.place(self.targets, self.held is not None)
+        self._numel = self.ranks.largest_numel()
+        self._places = {target: i for i, target in enumerate(self.targets)}
+        self.statistics = GradientStatistics(self.layers, self._device(), [t.shape_here for t in members])
+        self.new_fused()
+        kept = [(t, t.planned) for t in self.targets if t.planned is not None]
+        small = sum(predicted_bytes(shape, FULL, self.options, t.rule) for t, shape in kept if t.layer is None)
+        small += sum(correction_bytes(t.param, shape, self.master_bits) for t, shape in kept)
+        total = parse_budget(self.budget_asked, self.adamw_bytes, self._device())
+        total = self.ranks.least(total) if self.budget_asked is None else total
         self.budget = MemoryBudget(total, small + self.statistics.nbytes)
-        self.allocator = Allocator(self.layers, self.ladder, self.options, self.budget)
+        self.allocator = Allocator(self.layers, self.ladder, self.options, self.budget, [t.planned for t in members])
         self.applied: list[CompressionConfig] = [known.get(t.param, getattr(self.policy, "initial", FULL)) for t in members]
         if not known:
-            self.applied = self._initial()
-        elif not self.allocator.fits(self.applied):
+            self.applied = self.ranks.agree(self._initial())
+        elif not self.ranks.all(self.allocator.fits(self.applied)):
             self.apply(self.applied)
-        if self.options.release_gradients:
-            self._hook_gradients()
+        if self.held is not None:
+            self.held.watch(self.targets)
+
+    def new_fused(self) -> None:
+        """Forget the addresses of stored tensors: others are in their places."""
+        self.fused = FusedUpdate(self.targets, self.statistics, self.seed)
 
     def _list_targets(self) -> Iterable[Target]:
         layers = 0
@@ -158,7 +203,8 @@ class MANGO(Optimizer):
             names = group.get("param_names") or [f"group{number}.{i}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
                 is_layer = param.numel() >= self.min_numel
-                yield Target(name, param, group, layers if is_layer else None)
+                small = rule_for(group["rule"], (), "norm")
+                yield Target(name, param, group, group["rule"] if is_layer else small, layers if is_layer else None)
                 layers += is_layer
 
     def _initial(self) -> list[CompressionConfig]:
@@ -193,144 +239,124 @@ class MANGO(Optimizer):
         if self.steps % self.policy_update_freq == 0:
             self.statistics.start_window()
         self.steps += 1
-        for target in self.targets:
-            gradient = self.compress_gradient(target)
-            if gradient is not None:
-                self.update_parameter(target, gradient)
-        self._clip = 1.0
+        self.ranks.average(self.losses, self.steps, self.policy_update_freq)
+        for batch in [self.targets] if self.held is None else self.held.in_turn():
+            self.update_parameters(self.compress_gradients(batch))
+        self.ranks.share()
         self.statistics.observe()
         self.usage.count(self.layers, self.applied, self.adamw_bytes / max(1, self.planned_bytes()))
         if self.steps % self.policy_update_freq == 0:
-            self.statistics.finish_probe(self.generator)
+            self.statistics.finish_probe(noise.step_key(self.seed, len(self.targets), self.steps))
             self._decide()
         self.losses.next_step()
         return loss
 
-    def compress_gradient(self, target: Target) -> Tensor | None:
-        """The gradient to apply (float32), as its codec gives it back; None where there is none or it is not finite."""
-        raw = target.param.grad
-        state = self._state(target) if raw is not None or self.options.release_gradients else None
-        if state is None:
+    def compress_gradients(self, targets: Sequence[Target] | None = None) -> list[Work]:
+        """The gradients to apply, as their codecs give them back; those that are not there or not finite are left out."""
+        work = [self.compress_gradient(target) for target in (self.targets if targets is None else targets)]
+        return [update for update in work if update is not None]
+
+    def compress_gradient(self, target: Target) -> Work | None:
+        """One tensor's gradient as its codec gives it back; None where there is none or it is not finite."""
+        gradient = target.grad if target.mine else None
+        if self.held is not None:
+            gradient, finite = self.held.take(target)
+            self.skipped += not finite
+        if gradient is None:
             return None
-        if self.options.release_gradients:
-            if raw is not None:                                              # set by hand, or unfrozen after the hooks were made
-                self._hold(target)
-            held = state.encoded.pop("held", None)
-            if target in self._broken:
-                self._broken.discard(target)
-                self.skipped += 1
-                return None
-            if held is None:
-                return None
-            gradient = held.decode() * self._clip
-        elif raw is not None:
-            gradient = dense_gradient(target.name, raw)
+        gradient = dense_gradient(target.name, gradient)
+        state = self._state(target)
+        coded = self.held is None and (state.config.compresses_gradient or self.options.compressor is not None)
+        if not coded and FusedUpdate.covers(target, state) and FusedUpdate.accepts(gradient):
+            return Work(target, state, gradient, True, _NO_ERROR)
         norm = torch.linalg.vector_norm(gradient.float())
         if not math.isfinite(norm):
             self.skipped += 1
             return None
         if target.layer is not None:
             self.statistics.take(target.layer, gradient, norm)
-        if target.group["maximize"]:
-            gradient = -gradient
-        return gradient if self.options.release_gradients else state.compress_gradient(gradient, self.generator)
+        if not coded:
+            return Work(target, state, gradient.float(), False, _NO_ERROR)
+        applied = state.compress_gradient(gradient, self.key_of(target))
+        return Work(target, state, applied, False, (gradient.float() - applied).norm() / safe(norm.float()))
 
-    def update_parameter(self, target: Target, gradient: Tensor) -> None:
-        """Advance the stored moments by a gradient (float32) and move the parameter."""
-        group, state = target.group, self._state(target)
-        hyper = Hyper(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+    def update_parameters(self, work: Sequence[Work]) -> None:
+        """Advance the stored moments by the gradients and move the parameters."""
         due = self.steps % self.policy_update_freq
-        measure = target.layer is not None and due in (0, self.policy_update_freq - 1)
-        full = target.param.dtype in (torch.float32, torch.float64)              # updated in place, else through a float32 copy
-        dense = target.param.detach() if full else target.param.detach().float()
-        before = dense.clone() if measure else None
-        moments = state.update(dense, gradient, hyper, self.generator)
-        if dense.dtype != target.param.dtype:
-            target.param.detach().copy_(dense)
+        measure = due in (0, self.policy_update_freq - 1)
+        fused: list[Work] = []
+        alone: list[Work] = []
+        for w in work:
+            (fused if FusedUpdate.covers(w.target, w.state) and FusedUpdate.accepts(w.gradient) else alone).append(w)
+        windows = {w.target: window_of(w.state) for w in fused if due == 0 and w.target.layer is not None}
+        if fused:
+            self._update_fused(fused, windows, measure)
+        for w in alone:
+            self.update_parameter(w, measure, probe=due == 0)
+
+    def _update_fused(self, work: Sequence[Work], windows: Mapping[Target, Window], measure: bool) -> None:
+        moves = self.fused.run(work, self.steps, measure)
+        self.skipped += int((~moves.finite).sum())
+        for i, (target, state, gradient, _, coding) in enumerate(work):
+            if not measure or target.layer is None or not moves.finite[i]:
+                continue
+            moved = float(moves.moved[i])
+            if target in windows:
+                signed = -gradient if target.group["maximize"] else gradient
+                probe_fused(
+                    self.statistics, target.layer, state, windows[target], signed, Hyper.of(target.group, state.rule),
+                    param_norm=float(moves.param_norm[i]), moved=moved, alignment=float(moves.alignment[i]), coding=coding,
+                    loss_change=self.losses.change,
+                )  # fmt: skip
+            self.statistics.moved[target.layer] = moved
+
+    def update_parameter(self, work: Work, measure: bool = False, probe: bool = False) -> None:
+        """One tensor's update in PyTorch: on any device, of any dtype, by any rule."""
+        target, state, gradient, _, coding = work
+        gradient = -gradient if target.group["maximize"] else gradient
+        dense = master.join(target.local, state.correction)
+        before = dense.clone() if measure and target.layer is not None else None
+        moments = state.update(dense, gradient, Hyper.of(target.group, state.rule), self.key_of(target))
+        master.store(dense, target.local, state.correction, self.key_of(target))
         if before is None or target.layer is None:
             return
         moved = (dense - before).norm()
-        if due == 0:
-            raw = target.param.grad
-            signed = -raw if raw is not None and group["maximize"] else raw
-            self._probe(target.layer, state, signed, gradient, moments, dense, moved)
+        if probe:
+            probe_dense(self.statistics, target.layer, state, moments, gradient, dense, moved=moved, coding=coding,
+                        loss_change=self.losses.change)  # fmt: skip
         self.statistics.moved[target.layer] = moved
 
-    def _probe(
-        self, layer: int, state: TensorState, raw: Tensor | None, gradient: Tensor, moments: tuple[Tensor, Tensor],
-        param: Tensor, moved: Tensor,
-    ) -> None:  # fmt: skip
-        """Hand the statistics what they need of a layer's dense tensors; `raw` is the gradient before compression."""
-        error = state.error(gradient, *moments)
-        if raw is not None and state.config.compresses_gradient:
-            error = torch.hypot(error, (raw.float() - gradient).norm() / safe(raw.float().norm()))
-        residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else gradient.new_zeros(())
-        self.statistics.probe(
-            layer, state.config, grad=gradient, exp_avg=moments[0], exp_avg_sq=moments[1], param=param, moved=moved,
-            error=error, residual_norm=residual, loss_change=self.losses.change,
-        )  # fmt: skip
+    def key_of(self, target: Target) -> int:
+        """The key of the tensor's noise at this step."""
+        return noise.step_key(self.seed, self._places[target], self.steps)
 
     def _state(self, target: Target) -> TensorState:
         """The tensor's state, made when its first gradient comes."""
         slot = self.state[target.param]
         if "tensor" not in slot:
             config = FULL if target.layer is None else self.applied[target.layer]
-            slot["tensor"] = TensorState(tuple(target.param.shape), config, self.options)
-            slot["tensor"].create(target.param.device)
+            slot["tensor"] = TensorState(tuple(target.local.shape), config, self.options, target.rule)
+            slot["tensor"].create(target.local.device)
+            slot["tensor"].correction = new_correction(target.local, self.master_bits)
         state: TensorState = slot["tensor"]
         return state
-
-    def _hook_gradients(self) -> None:
-        for handle in self._gradient_hooks:
-            handle.remove()
-
-        def hold(target: Target) -> Callable[[Tensor], None]:
-            return lambda param: self._hold(target)
-
-        hooked = [t for t in self.targets if t.param.requires_grad]
-        self._gradient_hooks = [t.param.register_post_accumulate_grad_hook(hold(t)) for t in hooked]  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def _hold(self, target: Target) -> None:
-        """Encode the parameter's gradient for the next step and drop it."""
-        if target.param.grad is None:
-            return
-        gradient = dense_gradient(target.name, target.param.grad)
-        if math.isfinite(torch.linalg.vector_norm(gradient.float())):
-            self._state(target).hold_gradient(gradient, self.generator)
-        else:
-            self._broken.add(target)
-        target.param.grad = None
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global l2 norm is at most `max_norm`; returns the norm before. Works on held ones."""
-        if self.options.release_gradients:
-            states = [slot["tensor"] for slot in self.state.values()]
-            held = [s.encoded["held"].decode() for s in states if "held" in s.encoded]
-            norm = torch.stack([g.norm() for g in held]).norm() * self._clip if held else torch.zeros(())
-            self._clip *= min(1.0, max_norm / (float(norm) + 1e-6))
-            return norm
-        return torch.nn.utils.clip_grad_norm_([t.param for t in self.targets], max_norm)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; drops held gradients too."""
-        super().zero_grad(set_to_none)
-        if hasattr(self, "options") and self.options.release_gradients:
-            self._broken.clear()
-            self._clip = 1.0
-            for slot in self.state.values():
-                slot["tensor"].encoded.pop("held", None)
+        if self.held is not None:
+            return self.held.clip(max_norm)
+        return clip_grad_norm(self.targets, max_norm)
 
     def observe_loss(self, loss: float | Tensor) -> None:
         """Tell the loss at the current parameters, before `step` (which does it itself when given a closure)."""
         self.losses.observe(loss)
 
-    def observe(self, configs: Sequence[CompressionConfig] | None = None) -> Tensor:
+    def observe(self, configs: Sequence[CompressionConfig] | None = None, summary: Tensor | None = None) -> Tensor:
         """The current observation (L, 64) float32, on the CPU, each value within its range in `mango.features.FEATURES`."""
         configs = self.applied if configs is None else configs
         lr = float(self.param_groups[0]["lr"])
-        peak = max(self._peak_lr, lr)
+        peak = max(self.peak_lr, lr)
         used = self.allocator.nbytes(configs)
         return self.statistics.features(Context(
             configs, used, self._numel, sum(used) + self.budget.fixed, self.budget.total,
@@ -338,7 +364,7 @@ class MANGO(Optimizer):
             progress=self.steps / self.total_steps if self.total_steps else 0.0,
             loss=self.losses.mean, loss_slope=self.losses.slope,
             lr=lr, lr_ratio=lr / peak if peak else 1.0, peak_memory=self._peak_memory(),
-        ))  # fmt: skip
+        ), summary)  # fmt: skip
 
     collect_features = observe
 
@@ -350,14 +376,25 @@ class MANGO(Optimizer):
 
     def _decide(self) -> None:
         mean = self.losses.close_interval()
-        observation = self.observe()
-        self._peak_lr = max(self._peak_lr, float(self.param_groups[0]["lr"]))
+        observation = self.ranks.rows(self.observe(summary=self.ranks.merge(self.statistics)))
+        self.peak_lr = max(self.peak_lr, float(self.param_groups[0]["lr"]))
         if self.layers:
-            scoring = isinstance(self.policy, ScoringPolicy)
-            self.apply(self.policy.scores(observation) if scoring else self.policy.act(observation))  # type: ignore[union-attr]
+            self.apply(self._ask(observation), observation)
         decision = Decision(self.steps, observation, list(self.applied), self.layer_bytes(), self.layer_errors(), mean)
         for hook in list(self._decision_hooks.values()):
             hook(decision)
+
+    def _ask(self, observation: Tensor) -> Choice:
+        """The policy's answer; None (no change) where it fails, with one warning."""
+        try:
+            return self.policy.scores(observation) if isinstance(self.policy, ScoringPolicy) else self.policy.act(observation)
+        except Exception as error:
+            if self.strict:
+                raise
+            if not self._policy_failed:
+                self._policy_failed = True
+                warnings.warn(f"the policy failed, its last decision stays: {type(error).__name__}: {error}", stacklevel=4)
+            return None
 
     def register_decision_hook(self, hook: Callable[[Decision], None]) -> RemovableHandle:
         """Call `hook(decision)` after every decision; `.remove()` on what is returned ends it."""
@@ -366,13 +403,14 @@ class MANGO(Optimizer):
         return handle
 
     @torch.no_grad()
-    def apply(self, choice: Choice) -> list[CompressionConfig]:
+    def apply(self, choice: Choice, observation: Tensor | None = None) -> list[CompressionConfig]:
         """Cut a choice to the budget, put it in force and return what was applied, one config per layer.
 
         `choice`: rung scores (L, R) float, knob indices (L, K) int, a config per layer, one config or dict for all, or
         None for no change. What shrinks is transcoded first, so stored bytes never exceed the budget on the way.
         """
-        wanted = self.allocator.resolve(choice, self.applied, self.observe)
+        seen = self.observe if observation is None else lambda: observation
+        wanted = self.ranks.agree(self.allocator.resolve(choice, self.applied, seen))
         self.usage.changes += sum(old != new for old, new in zip(self.applied, wanted, strict=True))
         now = self.allocator.nbytes(self.applied)
         after = self.allocator.nbytes(wanted)
@@ -381,7 +419,7 @@ class MANGO(Optimizer):
         for i in sorted(range(len(members)), key=lambda i: after[i] - now[i]):
             slot = self.state.get(members[i].param)
             if slot and slot["tensor"].config != wanted[i]:
-                slot["tensor"].transcode(wanted[i], self.generator)
+                slot["tensor"].transcode(wanted[i], self.key_of(members[i]))
         return list(wanted)
 
     @property
@@ -440,61 +478,23 @@ class MANGO(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and JSON-able scalars: `torch.load(weights_only=True)` reads it, and resuming is bit-exact."""
-        saved = super().state_dict()
-        saved["state"] = {i: state["tensor"].to_plain() for i, state in saved["state"].items()}
-        inner = getattr(self.policy, "state_dict", None)
-        saved["mango"] = {
-            "steps": self.steps, "skipped": self.skipped, "peak_lr": self._peak_lr, "usage": asdict(self.usage),
-            "price": self.budget.price, "budget": self.memory_budget, "losses": self.losses.state_dict(),
-            "applied": [config.to_dict() for config in self.applied],
-            "statistics": self.statistics.state_dict(), "generator": self.generator.get_state(),
-            "policy": inner() if inner is not None else None,
-        }  # fmt: skip
-        return saved
+        return checkpoint.save(self, super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, codes as they are. A state that exceeds this optimizer's budget is cut to it."""
-        if "mango" not in state_dict:
-            raise ValueError(f"this state dict is not MANGO's: it has {sorted(state_dict)}, and no 'mango'")
-        mine = state_dict["mango"]
-        if len(mine["applied"]) != len(self.layers):
-            raise ValueError(f"the state dict has {len(mine['applied'])} layers, this optimizer {len(self.layers)}")
+        checkpoint.check(self, state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for group, target in zip([g for g in self.param_groups for _ in g["params"]], self.targets, strict=True):
-            target.group = group
-        self.applied = [CompressionConfig.from_dict(config) for config in mine["applied"]]
-        for i, flat in state_dict["state"].items():
-            target = self.targets[int(i)]
-            if tuple(flat["shape"]) != tuple(target.param.shape):
-                saved, own = tuple(flat["shape"]), tuple(target.param.shape)
-                raise ValueError(f"{target.name} has shape {own}; the state saved for it is of shape {saved}")
-            state = TensorState.from_plain(flat, self.options, target.param.device)
-            state.transcode(state.config, self.generator)                    # nothing to do unless the options differ
-            self.state[target.param]["tensor"] = state
-        self._restore(mine)
-        if not self.allocator.fits(self.applied):
-            self.apply(self.applied)
-
-    def _restore(self, mine: Mapping[str, Any]) -> None:
-        self.steps, self.skipped, self._peak_lr = mine["steps"], mine["skipped"], mine["peak_lr"]
-        self.usage, self.budget.price = Usage(**mine["usage"]), mine["price"]
-        self.losses.load_state_dict(mine["losses"])
-        if self._budget_asked is None:                                  # a share of what was free then, not of what is free now
-            self.budget.total = mine["budget"]
-        self.statistics.load_state_dict(mine["statistics"])
-        self.generator.set_state(mine["generator"].cpu())
-        inner = getattr(self.policy, "load_state_dict", None)
-        if inner is not None and mine["policy"] is not None:
-            inner(mine["policy"])
+        checkpoint.restore(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("_gradient_hooks", "_decision_hooks", "step")           # a scheduler shadows `step` with one bound to this object
+        mine = ("_decision_hooks", "step")           # a scheduler shadows `step` with one bound to this object
         return {key: value for key, value in self.__dict__.items() if key not in mine and not key.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "targets" in state:                                          # a pickle or a copy, not torch's load_state_dict
-            self._decision_hooks, self._gradient_hooks = OrderedDict(), []
-            if self.options.release_gradients:
-                self._hook_gradients()
+            self._decision_hooks = OrderedDict()
+            self.new_fused()                                            # addresses are of another object's tensors
+            if self.held is not None:
+                self.held.watch(self.targets)

@@ -179,12 +179,13 @@ class WaterFillingPolicy:
     The errors were measured on each layer's own moments (features `error_*`); a layer weighs as many parameters as it
     has. Errors are not alike, so their squares are weighted: rounding the first moment is noise that averages out (1);
     a coarse second moment rescales steps, which costs less (`VARIANCE`); directions outside a subspace are never taken,
-    which costs more (`SUBSPACE`). The weights reproduce the order of the rungs by loss in `benchmarks/ladder.py`.
+    which costs more (`SUBSPACE`). To keep no first moment costs a fixed amount (`WITHOUT_MOMENTUM`). The weights reproduce the order of the rungs by loss in `benchmarks/ladder.py`.
     Errors below `tolerance` count as none, so bytes that buy nothing are not spent.
     """
 
     VARIANCE = 0.1
     SUBSPACE = 16.0
+    WITHOUT_MOMENTUM = 2.0
 
     def __init__(self, tolerance: float = 0.01, ladder: Ladder = LADDER) -> None:
         self.tolerance, self.ladder = tolerance, ladder
@@ -206,7 +207,11 @@ class WaterFillingPolicy:
             moment, bits = cls.SUBSPACE * known.square(), config.factor_bits_q
         else:
             moment, bits = nothing, config.momentum_bits
-        moment = moment + (nothing if bits == 32 else nothing + 4e-6 if bits == 16 else measured(f"error_momentum_{bits}"))
+        fixed = {32: 0.0, 16: 4e-6, 0: cls.WITHOUT_MOMENTUM}
+        if bits == 6:                                        # two bits less than 8, so the error is four times its
+            moment = moment + 16 * measured("error_momentum_8")
+        else:
+            moment = moment + (nothing + fixed[bits] if bits in fixed else measured(f"error_momentum_{bits}"))
         if config.variance_bits == 32:
             return moment
         variance = nothing + 4e-6 if config.variance_bits == 16 else measured(f"error_variance_{config.variance_bits}")

@@ -1,32 +1,26 @@
 """The stored state of one parameter tensor under a config: which codec holds what, how many bytes, how it changes shape.
 
-Slots: `exp_avg`, `exp_avg_sq`, `projector` (rank > 0), `residual` (error feedback) and `held` (gradients released during
-backward). Each is an `Encoded`; nothing dense outlives a step.
+Slots: `exp_avg`, `exp_avg_sq` (where the rule has one), `projector` (rank > 0), `residual` (error feedback) and `held`
+(gradients released during backward). Each is an `Encoded`; nothing dense outlives a step. Beside a bfloat16 parameter
+there may be a `correction` that makes it a 24- or 32-bit one.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from mango.codecs import (
-    SIGNED,
-    UNSIGNED,
-    Codec,
-    Encoded,
-    Shape,
-    component,
-    flatten,
-    gradient_codec,
-    matrix_shape,
-    safe,
-    unflatten,
-)
+from mango import noise
+from mango.codecs import Codec, Encoded, Shape, component, encode, flatten, safe, unflatten
 from mango.config import CompressionConfig
-from mango.rules import adamw_direction, adamw_update, orthonormal, range_basis
+from mango.feedback import error_feedback
+from mango.formats import SIGNED, UNSIGNED, gradient_codec
+from mango.lowrank import find, matricise, project, refresh, subspace, transport, unmatricise, unproject
+from mango.rules import RULES, Hyper, adamw_update
 
 REFRESH_EVERY = 50                     # steps between refreshes of a projector
 COMPONENTS = {
@@ -35,6 +29,13 @@ COMPONENTS = {
     "residual": "residual",
     "held": "gradients",
     "projector": "projector",
+}
+KEYS = {                               # what each slot's noise is split for
+    "exp_avg": noise.MOMENTUM,
+    "exp_avg_sq": noise.VARIANCE,
+    "residual": noise.RESIDUAL,
+    "held": noise.GRADIENT,
+    "projector": noise.PROJECTOR,
 }
 
 
@@ -54,24 +55,41 @@ class Compressor(Protocol):
     def compress(self, tensor: Tensor, bits: int, sparsity_ratio: float) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Hyper:
-    """The numbers of one update, from the parameter group."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-
-
 @dataclass(slots=True, eq=False)
 class Target:
-    """One parameter tensor: where it lives, and which layer it is (None: too small to be one)."""
+    """One parameter tensor: where it lives, which rule moves it, and which layer it is (None: too small to be one)."""
 
     name: str
     param: Tensor
     group: dict[str, Any]
+    rule: str
     layer: int | None
+    sharded: bool = False                                    # a DTensor: `local` is what this rank has of it
+    planned: Shape | None = ()                               # of the largest part on any rank; None: its state is on another
+    mine: bool = True                                        # moved by this rank
+
+    @property
+    def local(self) -> Tensor:
+        """What of the parameter is on this rank."""
+        param: Any = self.param
+        return param.to_local() if self.sharded else self.param
+
+    @property
+    def shape_here(self) -> Shape:
+        """Of what this rank moves of the parameter; (0,) where another does."""
+        return tuple(self.local.shape) if self.mine else (0,)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What of the gradient is on this rank."""
+        param: Any = self.param
+        grad: Any = param.grad
+        if grad is None or not self.sharded:
+            return self.param.grad
+        if grad.placements != param.placements:
+            grad = grad.redistribute(placements=param.placements)
+        local: Tensor = grad.to_local()
+        return local
 
 
 def needs_residual(config: CompressionConfig, options: StorageOptions) -> bool:
@@ -80,25 +98,19 @@ def needs_residual(config: CompressionConfig, options: StorageOptions) -> bool:
     return options.error_feedback and biased
 
 
-def subspace(shape: Shape, rank: int) -> tuple[int, int, int]:
-    """(m, n, r) of the matrix whose smaller side m is projected to r <= m dimensions."""
-    rows, columns = matrix_shape(shape)
-    small, large = min(rows, columns), max(rows, columns)
-    return small, large, min(rank, small)
-
-
 @lru_cache(maxsize=1 << 16)
-def slots(shape: Shape, config: CompressionConfig, options: StorageOptions) -> dict[str, tuple[Codec, Shape]]:
+def slots(shape: Shape, config: CompressionConfig, options: StorageOptions, rule: str) -> dict[str, tuple[Codec, Shape]]:
     """The codec and dense shape of every slot that a tensor of `shape` has under `config`. Cached: do not change it."""
     layout: dict[str, tuple[Codec, Shape]] = {}
+    inside = shape
     if config.rank:
         small, large, rank = subspace(shape, config.rank)
+        inside = (rank, large)
         layout["projector"] = (SIGNED[config.factor_bits_p], (small, rank))
-        layout["exp_avg"] = (SIGNED[config.factor_bits_q], (rank, large))
-        layout["exp_avg_sq"] = (UNSIGNED[config.variance_bits], (rank, large))
-    else:
-        layout["exp_avg"] = (SIGNED[config.momentum_bits], shape)
-        layout["exp_avg_sq"] = (UNSIGNED[config.variance_bits], shape)
+    if config.has_momentum:
+        layout["exp_avg"] = (SIGNED[config.factor_bits_q if config.rank else config.momentum_bits], inside)
+    if RULES[rule].variance:
+        layout["exp_avg_sq"] = (UNSIGNED[config.variance_bits], inside)
     if needs_residual(config, options):
         layout["residual"] = (SIGNED[options.residual_bits], shape)
     if options.release_gradients:
@@ -107,9 +119,9 @@ def slots(shape: Shape, config: CompressionConfig, options: StorageOptions) -> d
 
 
 @lru_cache(maxsize=1 << 16)
-def predicted_bytes(shape: Shape, config: CompressionConfig, options: StorageOptions) -> int:
+def predicted_bytes(shape: Shape, config: CompressionConfig, options: StorageOptions, rule: str = "adamw") -> int:
     """Exactly the bytes that `TensorState` will store."""
-    return sum(codec.nbytes(slot_shape) for codec, slot_shape in slots(shape, config, options).values())
+    return sum(codec.nbytes(slot_shape) for codec, slot_shape in slots(shape, config, options, rule).values())
 
 
 @dataclass(slots=True)
@@ -119,12 +131,17 @@ class TensorState:
     shape: Shape
     config: CompressionConfig
     options: StorageOptions
+    rule: str = "adamw"
     step: int = 0
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    correction: Tensor | None = None                         # of a bfloat16 parameter (`mango.master`)
+    device: torch.device = torch.device("cpu")
+    version: int = 0                                         # counts the times that something was stored in a new place
 
     @property
     def nbytes(self) -> int:
-        return sum(enc.nbytes for enc in self.encoded.values())
+        own = 0 if self.correction is None else self.correction.untyped_storage().nbytes()
+        return own + sum(enc.nbytes for enc in self.encoded.values())
 
     def components(self) -> dict[str, int]:
         """Bytes by what they are for; scales and indices are counted apart from the values they belong to."""
@@ -133,12 +150,14 @@ class TensorState:
             for part, tensor in enc.parts.items():
                 what = component(part) or COMPONENTS[slot]
                 report[what] = report.get(what, 0) + tensor.untyped_storage().nbytes()
+        if self.correction is not None:
+            report["correction"] = self.correction.untyped_storage().nbytes()
         return report
 
     def to_plain(self) -> dict[str, Any]:
         """As plain tensors (copies) and JSON-able scalars."""
         plain: dict[str, Any] = {"step": self.step, "config": self.config.to_dict(), "shape": list(self.shape)}
-        plain["slots"] = list(self.encoded)
+        plain |= {"rule": self.rule, "slots": list(self.encoded), "correction": self.correction}
         for slot, encoded in self.encoded.items():
             plain |= flatten(encoded, slot)
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in plain.items()}
@@ -147,32 +166,49 @@ class TensorState:
     def from_plain(cls, plain: Mapping[str, Any], options: StorageOptions, device: torch.device) -> "TensorState":
         """Undo `to_plain`."""
         encoded = {slot: unflatten(plain, slot, device) for slot in plain["slots"]}
-        return cls(tuple(plain["shape"]), CompressionConfig.from_dict(plain["config"]), options, plain["step"], encoded)
+        config = CompressionConfig.from_dict(plain["config"])
+        correction = None if plain["correction"] is None else plain["correction"].to(device, copy=True)
+        return cls(tuple(plain["shape"]), config, options, plain["rule"], plain["step"], encoded, correction, device)
+
+    def layout(self) -> dict[str, tuple[Codec, Shape]]:
+        return slots(self.shape, self.config, self.options, self.rule)
 
     def create(self, device: torch.device) -> None:
         """Encode zeros in every slot but `held`, which appears with the first gradient, and a projector, which needs one."""
-        for slot, (codec, shape) in slots(self.shape, self.config, self.options).items():
+        self.version += 1
+        self.device = device
+        for slot, (codec, shape) in self.layout().items():
             if slot != "held":
-                self.encoded[slot] = codec.encode(torch.zeros(shape, device=device))
+                self.encoded[slot] = encode(codec, torch.zeros(shape, device=device))
 
-    def _store(self, slot: str, dense: Tensor, generator: Generator | None) -> None:
-        codec, _ = slots(self.shape, self.config, self.options)[slot]
+    def _store(self, slot: str, dense: Tensor, key: int | None) -> None:
+        codec, _ = self.layout()[slot]
+        self.version += 1
         self.encoded.pop(slot, None)                             # the old bytes go before the new ones come
-        self.encoded[slot] = codec.encode(dense, generator)
+        self.encoded[slot] = encode(codec, dense, None if key is None else noise.split(key, KEYS[slot]))
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Dense float32 first and second moments, of the tensor's shape."""
-        exp_avg, exp_avg_sq = self.encoded["exp_avg"].decode(), self.encoded["exp_avg_sq"].decode()
+    def moments(self) -> tuple[Tensor, Tensor | None]:
+        """Dense float32 first and second moments, of the tensor's shape; zeros where no first is kept, None where the rule
+        has no second one."""
+        exp_avg = self._exp_avg()
+        exp_avg_sq = self.encoded["exp_avg_sq"].decode() if "exp_avg_sq" in self.encoded else None
+        return self._outside(exp_avg, exp_avg_sq)
+
+    def _exp_avg(self) -> Tensor:
+        return self.encoded["exp_avg"].decode() if "exp_avg" in self.encoded else torch.zeros(self.shape, device=self.device)
+
+    def _outside(self, exp_avg: Tensor, exp_avg_sq: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.config.rank:
             return exp_avg, exp_avg_sq
         p = self.encoded["projector"].decode()                   # (m, r)
-        return self._from_matrix(p @ exp_avg), self._from_matrix(p.square() @ exp_avg_sq)
+        square = None if exp_avg_sq is None else unmatricise(unproject(p.square(), exp_avg_sq), self.shape)
+        return unmatricise(unproject(p, exp_avg), self.shape), square
 
-    def transcode(self, config: CompressionConfig, generator: Generator) -> None:
+    def transcode(self, config: CompressionConfig, key: int) -> None:
         """Store the same state under another config. Bytes never exceed the larger of before and after."""
+        self.version += 1
         old, self.config = self.config, config
-        after = slots(self.shape, config, self.options)
-        device = self.encoded["exp_avg_sq"].device
+        after = self.layout()
         for slot in set(self.encoded) - set(after) - {"projector"}:
             del self.encoded[slot]                               # with its feedback gone, a residual has no receiver
 
@@ -181,21 +217,20 @@ class TensorState:
             return codec.nbytes(shape) - (self.encoded[slot].nbytes if slot in self.encoded else 0)
 
         if "held" in self.encoded and growth("held") < 0:        # makes room for moments that leave a subspace
-            self.encoded["held"] = after["held"][0].encode(self.encoded.pop("held").decode(), generator)
+            self._store("held", self.encoded["held"].decode(), key)
         if old.rank != config.rank:
-            self._resubspace(old, config, generator)
+            self._resubspace(old, config, key)
 
         made = {"held"} - set(self.encoded)                      # appears with the next gradient
         # What shrinks goes first; ties by name, not in the order of a set, or runs would not repeat across processes.
         for slot in sorted(sorted(set(after) - made), key=growth):
             codec, shape = after[slot]
             if slot not in self.encoded:
-                self.encoded[slot] = codec.encode(torch.zeros(shape, device=device))
+                self.encoded[slot] = encode(codec, torch.zeros(shape, device=self.device))
             elif codec.name != self.encoded[slot].codec or growth(slot):
-                dense = self.encoded.pop(slot).decode()
-                self.encoded[slot] = codec.encode(dense, generator)
+                self._store(slot, self.encoded[slot].decode(), key)
 
-    def _resubspace(self, old: CompressionConfig, config: CompressionConfig, generator: Generator) -> None:
+    def _resubspace(self, old: CompressionConfig, config: CompressionConfig, key: int) -> None:
         """Move the moments between full space and a subspace, or between subspaces of different rank."""
         self.config = old
         exp_avg, exp_avg_sq = self.moments()
@@ -203,132 +238,149 @@ class TensorState:
         for slot in ("projector", "exp_avg", "exp_avg_sq"):
             self.encoded.pop(slot, None)
         if config.rank:
-            _, large, rank = subspace(self.shape, config.rank)
-            matrix = self._to_matrix(exp_avg)
-            unit = matrix / safe(matrix.abs().max())                            # so that powers neither overflow nor vanish
-            p = range_basis(unit, torch.randn(large, rank, device=matrix.device, generator=generator))
-            self._store("projector", p, generator)
-            exp_avg, exp_avg_sq = p.T @ matrix, p.square().T @ self._to_matrix(exp_avg_sq)
-        self._store("exp_avg", exp_avg, generator)
-        self._store("exp_avg_sq", exp_avg_sq, generator)
+            matrix = matricise(exp_avg)
+            p = find(matrix, config.rank, noise.generator(noise.split(key, noise.SKETCH), matrix.device))
+            self._store("projector", p, key)
+            exp_avg = project(p, matrix)
+            exp_avg_sq = None if exp_avg_sq is None else project(p.square(), matricise(exp_avg_sq))
+        self._store("exp_avg", exp_avg, key)
+        if exp_avg_sq is not None:
+            self._store("exp_avg_sq", exp_avg_sq, key)
 
-    def _to_matrix(self, x: Tensor) -> Tensor:
-        """As a matrix with the smaller side first: (m, n), m <= n."""
-        matrix = x.reshape(matrix_shape(self.shape))
-        return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        rows, columns = matrix_shape(self.shape)
-        return (matrix.T if rows > columns else matrix).reshape(self.shape)
-
-    def compress_gradient(self, grad: Tensor, generator: Generator) -> Tensor:
+    def compress_gradient(self, grad: Tensor, key: int) -> Tensor:
         """The gradient as its codec gives it back (float32), with the residual fed in and its new value stored.
 
-        With feedback rounding is to nearest and the error is carried over (Karimireddy et al. 2019, algorithm 2);
-        without, rounding is stochastic and needs none.
+        With feedback rounding is to nearest and the error is carried over; without, it is stochastic and needs none.
         """
         config, own = self.config, self.options.compressor
         if not config.compresses_gradient and own is None:
             return grad.float()
         feedback = needs_residual(config, self.options)
-        wanted = grad.float() + self.encoded["residual"].decode() if feedback else grad.float()
-        if own is not None:
-            applied, error = own.compress(wanted, config.gradient_bits, config.sparsity)
-        else:
+
+        def compress(wanted: Tensor) -> Tensor:
+            if own is not None:
+                return own.compress(wanted, config.gradient_bits, config.sparsity)[0]
             codec = gradient_codec(config.gradient_bits, config.sparsity)
-            applied = codec.encode(wanted, None if feedback else generator).decode()
-            error = wanted - applied
-        if feedback:
-            self._store("residual", error, generator)
+            return encode(codec, wanted, None if feedback else noise.split(key, noise.GRADIENT)).decode()
+
+        if not feedback:
+            return compress(grad.float())
+        applied, residual = error_feedback(grad.float(), self.encoded["residual"].decode(), compress)
+        self._store("residual", residual, key)
         return applied
 
-    def hold_gradient(self, grad: Tensor, generator: Generator) -> None:
-        """Add a gradient to the encoded one that is held for the next step."""
+    def hold_gradient(self, grad: Tensor, key: int) -> bool:
+        """Add a gradient to the encoded one that is held for the next step. False where that is not finite: nothing is held."""
         codec = gradient_codec(self.config.gradient_bits, self.config.sparsity)
         wanted = grad.float()
         if "held" in self.encoded:
-            wanted = wanted + self.encoded.pop("held").decode()
+            wanted = wanted + self.encoded["held"].decode()
+        if not is_finite(wanted):
+            self.drop_gradient()
+            return False
+        self.encoded.pop("held", None)                           # the old bytes go before the new ones come
         if not needs_residual(self.config, self.options):
-            self.encoded["held"] = codec.encode(wanted, generator)
-            return
+            self.encoded["held"] = encode(codec, wanted, noise.split(key, noise.GRADIENT))
+            return True
         wanted = wanted + self.encoded["residual"].decode()
-        self.encoded["held"] = codec.encode(wanted)
-        self._store("residual", wanted - self.encoded["held"].decode(), generator)
+        self.encoded["held"] = encode(codec, wanted)
+        self._store("residual", wanted - self.encoded["held"].decode(), key)
+        return True
 
-    def update(self, param: Tensor, grad: Tensor, hyper: Hyper, generator: Generator) -> tuple[Tensor, Tensor]:
-        """One AdamW step on `param` (float32, in place) with the stored moments; returns the dense moments before storing."""
+    def scale_gradient(self, factor: float, key: int) -> None:
+        """Multiply the held gradient, and the error of holding it."""
+        for slot in ("held", "residual"):
+            if slot in self.encoded:
+                self._store(slot, self.encoded[slot].decode() * factor, key)
+
+    def drop_gradient(self) -> None:
+        """Forget the held gradient, if there is one, and the residual: what was carried over is part of it by now, and what
+        is carried on is the error of a gradient that nobody wants."""
+        if self.encoded.pop("held", None) is not None and "residual" in self.encoded:
+            self._store("residual", torch.zeros(self.shape, device=self.encoded["residual"].device), None)
+
+    def update(self, param: Tensor, grad: Tensor, hyper: Hyper, key: int) -> tuple[Tensor, Tensor | None]:
+        """One step on `param` (float32, in place) with the stored moments; returns the dense moments before storing."""
         self.step += 1
-        config = self.config
-        if config.rank:
-            return self._update_in_subspace(param, grad, hyper, generator)
-        exp_avg, exp_avg_sq = self.encoded["exp_avg"].decode(), self.encoded["exp_avg_sq"].decode()
-        if (config.momentum_bits, config.variance_bits) == (32, 32):                # in place: the decoded tensors are the stored
+        rule = RULES[self.rule]
+        if self.config.rank and (self.step - 1) % REFRESH_EVERY == 0:
+            self._refresh(grad, key)
+        exp_avg = self._exp_avg()
+        exp_avg_sq = self.encoded["exp_avg_sq"].decode() if rule.variance else None
+        if not self.config.has_momentum:
+            hyper = hyper.without_momentum()
+        if hyper.weight_decay and not rule.decoupled:
+            grad = grad + hyper.weight_decay * param
+        if exp_avg_sq is not None and self.exact:                                   # in place: the decoded tensors are the stored
             adamw_update(param, grad, exp_avg, exp_avg_sq, lr=hyper.lr, betas=hyper.betas, eps=hyper.eps,
-                         weight_decay=hyper.weight_decay, step=self.step)  # fmt: skip
+                         weight_decay=hyper.weight_decay if rule.decoupled else 0, step=self.step)  # fmt: skip
             return exp_avg, exp_avg_sq
-        moved = adamw_direction(grad, exp_avg, exp_avg_sq, betas=hyper.betas, eps=hyper.eps, step=self.step)
-        self._move(param, moved, hyper)
-        self._store_moments(exp_avg, exp_avg_sq, generator)
-        return exp_avg, exp_avg_sq
-
-    @staticmethod
-    def _move(param: Tensor, moved: Tensor, hyper: Hyper) -> None:
-        if hyper.weight_decay:
+        if self.config.rank:                                                        # AdamW on P^T G (Zhao et al. 2024, alg. 2)
+            p = self.encoded["projector"].decode()
+            moved = rule.direction(project(p, matricise(grad)), exp_avg, exp_avg_sq, hyper, self.step)
+            moved = unmatricise(unproject(p, moved), self.shape)
+        else:
+            moved = rule.direction(grad, exp_avg, exp_avg_sq, hyper, self.step)
+        if hyper.weight_decay and rule.decoupled:
             param.mul_(1 - hyper.lr * hyper.weight_decay)
         param.add_(moved, alpha=-hyper.lr)
+        dense = self._outside(exp_avg, exp_avg_sq)
+        self._store_moments(exp_avg, exp_avg_sq, key)
+        return dense
 
-    def _store_moments(self, exp_avg: Tensor, exp_avg_sq: Tensor, generator: Generator) -> None:
-        """Signed 8-bit and bfloat16 first moments round to nearest: their increments exceed half a bin; all else needs chance."""
+    @property
+    def exact(self) -> bool:
+        """Whether both moments are stored in float32."""
+        return (self.config.momentum_bits, self.config.variance_bits, self.config.rank) == (32, 32, 0)
+
+    @property
+    def chances(self) -> tuple[bool, bool]:
+        """Whether the first and the second moment round by chance. At 8 bits and more the first one's increments exceed
+        half a bin, and nearest is enough; the second one's never do. Muon's first moment rounds to nearest always:
+        chance is noise in all directions, and orthogonalising amplifies the small ones."""
         bits = self.config.factor_bits_q if self.config.rank else self.config.momentum_bits
-        if bits < 32:
-            self._store("exp_avg", exp_avg, generator if bits < 8 else None)
-        if self.config.variance_bits < 32:
-            self._store("exp_avg_sq", exp_avg_sq, generator)
+        return bits < 8 and RULES[self.rule].by_chance, self.config.variance_bits < 32
 
-    def _update_in_subspace(self, param: Tensor, grad: Tensor, hyper: Hyper, generator: Generator) -> tuple[Tensor, Tensor]:
-        """AdamW on P^T G, moved back by P (Zhao et al. 2024, algorithm 2), with a warm-started projector."""
-        if (self.step - 1) % REFRESH_EVERY == 0:
-            self._refresh(grad, generator)
-        p = self.encoded["projector"].decode()                                      # (m, r)
-        exp_avg, exp_avg_sq = self.encoded["exp_avg"].decode(), self.encoded["exp_avg_sq"].decode()  # (r, n)
-        inside = p.T @ self._to_matrix(grad)
-        moved = adamw_direction(inside, exp_avg, exp_avg_sq, betas=hyper.betas, eps=hyper.eps, step=self.step)
-        self._move(param, self._from_matrix(p @ moved), hyper)
-        self._store_moments(exp_avg, exp_avg_sq, generator)
-        return self._from_matrix(p @ exp_avg), self._from_matrix(p.square() @ exp_avg_sq)
+    def _store_moments(self, exp_avg: Tensor, exp_avg_sq: Tensor | None, key: int) -> None:
+        by_chance, _ = self.chances
+        if self.config.has_momentum and self.encoded["exp_avg"].codec != "float32":
+            self._store("exp_avg", exp_avg, key if by_chance else None)
+        if exp_avg_sq is not None and self.encoded["exp_avg_sq"].codec != "float32":
+            self._store("exp_avg_sq", exp_avg_sq, key)
 
-    def _refresh(self, grad: Tensor, generator: Generator) -> None:
-        """One power iteration from the projector in force (from random columns three), and the moments carried over."""
-        matrix = self._to_matrix(grad.float())
-        matrix = matrix / safe(matrix.abs().max())                                  # so that powers neither overflow nor vanish
-        _, large, rank = subspace(self.shape, self.config.rank)
+    def _refresh(self, grad: Tensor, key: int) -> None:
+        """A new projector, with the moments carried over."""
+        matrix = matricise(grad)
         old = self.encoded["projector"].decode()
         if not bool(old.any()):                                                     # the first gradient: nothing to carry over
-            start = torch.randn(large, rank, device=matrix.device, generator=generator)
-            self._store("projector", range_basis(matrix, start), generator)
+            start = noise.generator(noise.split(key, noise.SKETCH), matrix.device)
+            self._store("projector", find(matrix, self.config.rank, start), key)
             return
-        keep = 1e-3 * matrix.norm().square().clamp(min=1)                           # old columns outlast a zero gradient
-        new = orthonormal(matrix @ (matrix.T @ old) + keep * old)
-        turn = new.T @ old                                                          # (r, r)
-        exp_avg, exp_avg_sq = self.encoded["exp_avg"].decode(), self.encoded["exp_avg_sq"].decode()
-        self._store("projector", new, generator)
-        exp_avg, exp_avg_sq = turn @ exp_avg, turn.square() @ exp_avg_sq
-        self._store("exp_avg", exp_avg, generator)
-        self._store("exp_avg_sq", exp_avg_sq, generator)
+        new = refresh(matrix, old)
+        exp_avg = self.encoded["exp_avg"].decode()
+        exp_avg_sq = self.encoded["exp_avg_sq"].decode() if "exp_avg_sq" in self.encoded else torch.zeros_like(exp_avg)
+        self._store("projector", new, key)
+        exp_avg, exp_avg_sq = transport(exp_avg, exp_avg_sq, new.T @ old)
+        self._store("exp_avg", exp_avg, key)
+        if "exp_avg_sq" in self.encoded:
+            self._store("exp_avg_sq", exp_avg_sq, key)
 
-    def error(self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-        """Relative l2 error that storing adds to the direction m / sqrt(v), against the dense moments of the same step.
-
-        In a subspace the part of the gradient outside it counts too, added in quadrature.
-        """
-        stored_avg, stored_sq = self.moments()
+    def error(self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor | None) -> Tensor:
+        """Relative l2 error that storing adds to the direction m / sqrt(v) (m without a second moment), against the dense
+        moments of the same step. In a subspace the part of the gradient outside it counts too, added in quadrature."""
         ideal = direction(exp_avg, exp_avg_sq)
-        error: Tensor = (direction(stored_avg, stored_sq) - ideal).norm() / safe(ideal.norm())
+        stored, stored_sq = self.moments()
+        error: Tensor = (direction(stored if self.config.has_momentum else exp_avg, stored_sq) - ideal).norm() / safe(ideal.norm())
         if not self.config.rank:
             return error
-        p, matrix = self.encoded["projector"].decode(), self._to_matrix(grad)
-        outside: Tensor = (matrix - p @ (p.T @ matrix)).norm() / safe(matrix.norm())
+        p, matrix = self.encoded["projector"].decode(), matricise(grad)
+        outside: Tensor = (matrix - unproject(p, project(p, matrix))).norm() / safe(matrix.norm())
         return torch.hypot(error, outside)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all entries are; a norm tells it fast, but overflows before they do."""
+    return math.isfinite(torch.linalg.vector_norm(x)) or bool(x.isfinite().all())
 
 
 def dense_gradient(name: str, gradient: Tensor) -> Tensor:
@@ -338,7 +390,8 @@ def dense_gradient(name: str, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def direction(exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-    """m / sqrt(v), zero where v is."""
+def direction(exp_avg: Tensor, exp_avg_sq: Tensor | None) -> Tensor:
+    """m / sqrt(v), zero where v is; m alone where there is no v."""
+    if exp_avg_sq is None:
+        return exp_avg
     return torch.where(exp_avg_sq > 0, exp_avg / safe(exp_avg_sq).sqrt(), 0.0)
-

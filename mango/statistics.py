@@ -1,6 +1,6 @@
 """What the policies see: statistics of each layer's gradients and state, and the observation made of them.
 
-Memory is bounded: per layer 12 bytes for each of numel / 256 sampled entries (16 to 256), and 24 scalars. Sampled
+Memory is bounded: per layer 12 bytes for each of numel / 256 sampled entries (16 to 256), and 25 scalars. Sampled
 statistics are taken on every step over fixed, evenly spread entries; what needs the dense moments is taken on the last
 step of an interval (a probe), while the update pass has them at hand.
 """
@@ -10,15 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from mango.codecs import SIGNED, UNSIGNED, matrix_shape, safe
+from mango import noise
+from mango.codecs import Shape, encode, matrix_shape, safe
 from mango.config import CompressionConfig
 from mango.features import FEATURE_INDEX, FEATURES, GLOBAL_FEATURES, KINDS, LAYER_FEATURES, RULES
+from mango.formats import SIGNED, UNSIGNED
 from mango.layers import Layer
-from mango.state import direction, subspace
+from mango.lowrank import subspace
+from mango.rules import RULES as BASE_RULES
+from mango.state import direction
 
 NORM_DECAY = 0.99
+NORMS = 2                                    # columns of a summary that are norms; the others are means
 WINDOW = 1024                                # entries of each layer's moments on which format errors are tried
 SKETCH = 128                                 # rows and columns of each layer's matrix on which ranks are estimated
 # What storing costs before anything was measured: relative errors on normal samples, and no low-rank structure.
@@ -46,7 +51,6 @@ class Context:
     lr: float = 0.0
     lr_ratio: float = 1.0
     peak_memory: float = 0.0
-    rule: str = "adamw"
 
 
 @dataclass(slots=True)
@@ -56,7 +60,7 @@ class _Probe:
     config: CompressionConfig                # in force
     scalars: dict[str, Tensor]
     exp_avg: Tensor                          # (WINDOW,)
-    exp_avg_sq: Tensor                       # (WINDOW,)
+    exp_avg_sq: Tensor                       # (WINDOW,) ones where the rule has no second moment
     factored: Tensor                         # (WINDOW,) the second moment as factors give it back
     gradient: Tensor                         # (SKETCH, SKETCH) evenly spread rows and columns
     direction: Tensor                        # (SKETCH, SKETCH) the same of m / sqrt(v)
@@ -65,7 +69,7 @@ class _Probe:
 def sample_stride(numel: int, columns: int) -> tuple[int, int]:
     """(stride, count) of evenly spread sample entries; the stride shares no factor with the row length."""
     count = min(numel, max(16, min(256, numel // 256)))
-    stride = max(1, numel // count)
+    stride = max(1, numel // max(1, count))
     while stride > 1 and math.gcd(stride, columns) > 1:
         stride -= 1
     return stride, count
@@ -87,29 +91,33 @@ def _corner(x: Tensor, side: int) -> Tensor:
 class GradientStatistics:
     """Streaming statistics of L layers. `observe` on every step, `probe` per layer and `finish_probe` at an interval's end."""
 
-    def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, layers: Sequence[Layer], device: torch.device, shapes: Sequence[Shape] | None = None) -> None:
+        """`shapes`: of what is here of each layer, where that is not all of it."""
         self.layers = list(layers)
-        self._samples = [sample_stride(layer.numel, matrix_shape(layer.shape)[1]) for layer in self.layers]
+        here = [layer.shape for layer in self.layers] if shapes is None else shapes
+        self._numel = [math.prod(shape) for shape in here]
+        self._samples = [sample_stride(math.prod(shape), matrix_shape(shape)[1]) for shape in here]
         self._counts = [count for _, count in self._samples]
+        self._offsets = [sum(self._counts[:i]) for i in range(len(self._counts))]
         total = sum(self._counts)
         self.mean, self.square, self.previous = (torch.zeros(total, device=device) for _ in range(3))
         self.norm = torch.zeros(len(layers), device=device)                        # of the last gradient
         self.running_norm = torch.zeros(len(layers), device=device)                # decay 0.99, from zero
         self.cosine = torch.zeros(len(layers), device=device)                      # summed over the window
+        self.count = torch.zeros(len(layers), device=device)                       # gradients taken in since the window began
         self.moved = torch.zeros(len(layers), device=device)                       # norm of the last measured update
         self.probed = torch.zeros(len(layers), len(_PROBED), device=device)
         for name, error in (PRIOR | {"compression_error": 1e-10, "residual_ratio": 1e-10}).items():
             in_log = FEATURES[FEATURE_INDEX[name]].unit == "log10"
             self.probed[:, _PROBED.index(name)] = math.log10(error) if in_log else error
         self.steps = 0
-        self.window = 0
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
         self._pending: dict[int, _Probe] = {}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "square": self.square, "previous": self.previous, "norm": self.norm,
-                "running_norm": self.running_norm, "cosine": self.cosine, "moved": self.moved, "probed": self.probed}  # fmt: skip
+        names = ("mean", "square", "previous", "norm", "running_norm", "cosine", "count", "moved", "probed")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def nbytes(self) -> int:
@@ -118,10 +126,10 @@ class GradientStatistics:
     @staticmethod
     def predicted_bytes(layers: Sequence[Layer]) -> int:
         counts = [sample_stride(layer.numel, matrix_shape(layer.shape)[1])[1] for layer in layers]
-        return 12 * sum(counts) + 4 * len(layers) * (4 + len(_PROBED))
+        return 12 * sum(counts) + 4 * len(layers) * (5 + len(_PROBED))
 
     def state_dict(self) -> dict[str, object]:
-        return {"steps": self.steps, "window": self.window} | {k: v.clone() for k, v in self.tensors.items()}
+        return {"steps": self.steps} | {k: v.clone() for k, v in self.tensors.items()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         for name, tensor in self.tensors.items():
@@ -129,40 +137,53 @@ class GradientStatistics:
             if not isinstance(saved, Tensor) or saved.shape != tensor.shape:
                 raise ValueError(f"statistics {name!r} have shape {getattr(saved, 'shape', None)}, not {tuple(tensor.shape)}")
             tensor.copy_(saved)
-        self.steps, self.window = int(str(state["steps"])), int(str(state["window"]))
+        self.steps = int(str(state["steps"]))
 
     def start_window(self) -> None:
         """Forget the interval's variance and cosines; running norms and probes stay."""
-        self.mean.zero_()
-        self.square.zero_()
-        self.cosine.zero_()
-        self.window = 0
+        for tensor in (self.mean, self.square, self.cosine, self.count):
+            tensor.zero_()
+
+    def sample(self, index: int) -> tuple[int, int, int]:
+        """(offset, count, stride) of a layer's entries in `mean`, `square` and `previous`."""
+        stride, count = self._samples[index]
+        return self._offsets[index], count, stride
 
     def take(self, index: int, grad: Tensor, norm: Tensor) -> None:
         """One layer's gradient of this step and its norm. A layer that gives none, or a non-finite one, is left out."""
         stride, count = self._samples[index]
         self._taken[index] = (grad.reshape(-1)[:: stride][:count].to(self.mean), norm.to(self.norm))
 
+    def took(self, indices: Sequence[int], norms: Tensor) -> None:
+        """What a kernel took in itself, samples and all: layers' norms (n,)."""
+        where = torch.tensor(indices, device=self.norm.device)
+        self.count[where] += 1
+        self._norms(where, norms.to(self.norm))
+
+    def _norms(self, where: Tensor, norms: Tensor) -> None:
+        self.norm[where] = norms
+        self.running_norm[where] = NORM_DECAY * self.running_norm[where] + (1 - NORM_DECAY) * norms
+
     def observe(self) -> None:
         """Take in what the layers gave since the last call: one step."""
         taken, self._taken = self._taken, {}
-        if not self.layers:
-            return
-        parts = torch.split(self.mean, self._counts)
-        sample = torch.cat([taken[i][0] if i in taken else part for i, part in enumerate(parts)])
         self.steps += 1
-        self.window += 1
-        delta = sample - self.mean                                                  # Welford 1962
-        self.mean += delta / self.window
-        self.square += delta * (sample - self.mean)
-        if self.steps > 1:
-            dot, one, other = (self._sum(x) for x in (sample * self.previous, sample.square(), self.previous.square()))
-            self.cosine += dot / safe(one.sqrt() * other.sqrt())
-        self.previous.copy_(sample)
-        for index, (_, norm) in taken.items():
-            self.norm[index] = norm
-        here = list(taken)
-        self.running_norm[here] = NORM_DECAY * self.running_norm[here] + (1 - NORM_DECAY) * self.norm[here]
+        if not taken:
+            return
+        where = torch.tensor(list(taken), device=self.norm.device)
+        self.count[where] += 1
+        for index, (sample, _) in taken.items():
+            part = slice(self._offsets[index], self._offsets[index] + self._counts[index])
+            delta = sample - self.mean[part]                                        # Welford 1962
+            self.mean[part] += delta / self.count[index]
+            self.square[part] += delta * (sample - self.mean[part])
+        samples = [sample for sample, _ in taken.values()]
+        before = [self.previous[self._offsets[i] : self._offsets[i] + self._counts[i]] for i in taken]
+        dots = torch.stack([torch.stack([x @ y, x @ x, y @ y]) for x, y in zip(samples, before, strict=True)])  # (n, 3)
+        self.cosine[where] += dots[:, 0] / safe(dots[:, 1].sqrt() * dots[:, 2].sqrt())  # the first has zeros before it
+        for sample, place in zip(samples, before, strict=True):
+            place.copy_(sample)
+        self._norms(where, torch.stack([norm for _, norm in taken.values()]))
 
     def _sum(self, x: Tensor) -> Tensor:
         """Sums over each layer's samples: (L,)."""
@@ -174,20 +195,22 @@ class GradientStatistics:
         config: CompressionConfig,
         *,
         grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        param: Tensor,
+        moments: tuple[Tensor, Tensor | None],
+        window: tuple[Tensor, Tensor | None],
+        param_norm: Tensor,
         moved: Tensor,
         error: Tensor,
+        alignment: Tensor,
         residual_norm: Tensor,
         loss_change: float,
     ) -> None:
-        """Take what needs a layer's dense tensors. `moved`: norm of this update.
+        """Take what needs a layer's dense tensors.
 
-        `loss_change` is the loss at this step's parameters minus that one step earlier; the update between the two was
-        measured by `self.moved`.
+        `moments`: first and second, of the layer's shape, as stored or before; `window`: their first entries before storing;
+        `moved`: norm of this update; `alignment`: cosine of first moment and gradient. `loss_change` is the loss at this
+        step's parameters minus that one step earlier; the update between the two was measured by `self.moved`.
         """
-        magnitude = grad.reshape(-1)[:: max(1, grad.numel() // 4096)].abs()
+        magnitude = grad.reshape(-1)[:: max(1, grad.numel() // 4096)].abs().float()
         logs = magnitude[magnitude > 0].log()
         spread = logs.std(correction=0) if logs.numel() else magnitude.new_zeros(())
         distance = self.moved[index].double().square()
@@ -195,28 +218,30 @@ class GradientStatistics:
             "log_abs_mean": logs.mean() if logs.numel() else magnitude.new_full((), -50.0),
             "log_abs_std": spread,
             "grad_crest": (magnitude.max() / safe(magnitude.square().mean().sqrt())).clamp(min=1).log10(),
-            "momentum_alignment": (exp_avg * grad).sum() / safe(exp_avg.norm() * grad.norm()),
-            "update_ratio": (moved / safe(param.norm())).log10(),
-            "weight_rms": (param.norm() / math.sqrt(param.numel())).log10(),
+            "momentum_alignment": alignment,
+            "update_ratio": (moved / safe(param_norm)).log10(),
+            "weight_rms": (param_norm / math.sqrt(self._numel[index])).log10(),
             "curvature": _signed_log(loss_change / distance if distance > 0 else distance),
             "compression_error": error.log10(),
-            "residual_ratio": (residual_norm / safe(grad.norm())).log10(),
+            "residual_ratio": (residual_norm / safe(self.norm[index])).log10(),
         }
-        square = exp_avg_sq.reshape(matrix_shape(tuple(exp_avg_sq.shape)))
-        row, column = square.mean(1), square.mean(0)
-        place = torch.arange(min(WINDOW, exp_avg_sq.numel()), device=row.device)
+        exp_avg, exp_avg_sq = moments
+        square = torch.ones(()).expand(exp_avg.shape) if exp_avg_sq is None else exp_avg_sq
+        matrix = square.reshape(matrix_shape(tuple(square.shape)))
+        row, column = matrix.mean(1), matrix.mean(0)
+        place = torch.arange(min(WINDOW, square.numel()), device=row.device)
         factored = row[place // column.numel()] / safe(row.mean()) * column[place % column.numel()]
         self._pending[index] = _Probe(
             config,
             scalars,
-            _window(exp_avg, WINDOW),
-            _window(exp_avg_sq, WINDOW),
+            _window(window[0], WINDOW),
+            torch.ones(WINDOW, device=row.device) if window[1] is None else _window(window[1], WINDOW),
             _window(factored, WINDOW),
-            _corner(grad, SKETCH),
-            direction(_corner(exp_avg, SKETCH), _corner(exp_avg_sq, SKETCH)),
+            _corner(grad, SKETCH).float(),
+            direction(_corner(exp_avg, SKETCH), _corner(square, SKETCH)),
         )
 
-    def finish_probe(self, generator: Generator) -> None:
+    def finish_probe(self, key: int) -> None:
         """Try the formats on all probed layers at once and store what was found."""
         if not self._pending:
             return
@@ -224,16 +249,17 @@ class GradientStatistics:
         probes = [self._pending[i] for i in places]
         self._pending = {}
         columns = {name: torch.stack([p.scalars[name].float() for p in probes]) for name in probes[0].scalars}
-        columns |= self._format_errors(probes, generator)
-        columns |= self._ranks(probes, generator)
+        columns |= self._format_errors(probes, key)
+        columns |= self._ranks(probes, key)
         for name, values in columns.items():
             feature, column = FEATURES[FEATURE_INDEX[name]], _PROBED.index(name)
             found = torch.nan_to_num(values, nan=feature.low, posinf=feature.high, neginf=feature.low)
-            known = torch.tensor([_measurable(name, probe.config) for probe in probes], device=found.device)
+            measurable = [_measurable(name, self.layers[i].rule, p.config) for i, p in zip(places, probes, strict=True)]
+            known = torch.tensor(measurable, device=found.device)
             self.probed[places, column] = torch.where(known, found.clamp(feature.low, feature.high), self.probed[places, column])
 
     @staticmethod
-    def _format_errors(probes: Sequence[_Probe], generator: Generator) -> dict[str, Tensor]:
+    def _format_errors(probes: Sequence[_Probe], key: int) -> dict[str, Tensor]:
         """log10 of the error of the direction m / sqrt(v) when one of the two is stored in a format: (P,) each."""
         exp_avg = torch.stack([p.exp_avg for p in probes])                          # (P, WINDOW)
         exp_avg_sq = torch.stack([p.exp_avg_sq for p in probes])
@@ -245,18 +271,18 @@ class GradientStatistics:
 
         errors = {"error_variance_0": error(exp_avg, torch.stack([p.factored for p in probes]))}
         for bits in (8, 4, 2):
-            stored = SIGNED[bits].encode(exp_avg, generator if bits < 8 else None).decode()
+            stored = encode(SIGNED[bits], exp_avg, key + bits if bits < 8 else None).decode()
             errors[f"error_momentum_{bits}"] = error(stored, exp_avg_sq)
         for bits in (8, 4):
-            errors[f"error_variance_{bits}"] = error(exp_avg, UNSIGNED[bits].encode(exp_avg_sq, generator).decode())
+            errors[f"error_variance_{bits}"] = error(exp_avg, encode(UNSIGNED[bits], exp_avg_sq, key + 16 + bits).decode())
         return errors
 
     @staticmethod
-    def _ranks(probes: Sequence[_Probe], generator: Generator) -> dict[str, Tensor]:
+    def _ranks(probes: Sequence[_Probe], key: int) -> dict[str, Tensor]:
         """Stable rank of the gradient and what of m / sqrt(v) is outside subspaces, by a rank-8 sketch (Halko et al. 2011)."""
         matrices = torch.stack([p.gradient for p in probes] + [p.direction for p in probes])  # (2P, S, S)
         matrices = matrices / safe(matrices.abs().amax((1, 2)))[:, None, None]
-        start = torch.randn(SKETCH, 8, device=matrices.device, generator=generator)
+        start = torch.randn(SKETCH, 8, device=matrices.device, generator=noise.generator(key, matrices.device))
         basis = torch.linalg.qr(matrices @ (matrices.mT @ (matrices @ start))).Q    # (2P, S, 8)
         inside = basis.mT @ matrices
         energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (2P, 8) largest first
@@ -269,11 +295,27 @@ class GradientStatistics:
             "error_rank_8": outside[len(probes) :, 7],
         }
 
-    def features(self, context: Context) -> Tensor:
-        """The observation (L, 64) float32 on the CPU, every value within its range in the table."""
+    def summary(self) -> Tensor:
+        """(L, C) float64: each layer's norm and running norm; means (variance, square of means, cosine, count); probes."""
+        counts = torch.tensor([float(count) for count in self._counts]).clamp(min=1)
+        square = self._sum(self.mean.square()).cpu() / counts if self.layers else torch.zeros(0)
+        means = [self.norm.cpu(), self.running_norm.cpu(), self.variance(), square, self.cosine.cpu(), self.count.cpu()]
+        return torch.cat([torch.stack(means, 1), self.probed.cpu()], 1).double()
+
+    def take_over(self, layers: Sequence[int], summary: Tensor) -> None:
+        """Put in what another rank tells of these layers; their samples stay with it."""
+        norm, running, _, _, cosine, count = summary[layers, :6].to(self.norm).unbind(1)
+        self.norm[layers], self.running_norm[layers], self.cosine[layers], self.count[layers] = norm, running, cosine, count
+        self.probed[layers] = summary[layers, 6:].to(self.probed)
+
+    def features(self, context: Context, summary: Tensor | None = None) -> Tensor:
+        """The observation (L, 64) float32 on the CPU, every value within its range in the table.
+
+        `summary`: in place of one's own, that of several ranks together.
+        """
         if not self.layers:
             return torch.zeros(0, len(FEATURES))
-        local = self._local(context)
+        local = self._local(context, self.summary() if summary is None else summary)
         rms, noise = local["grad_rms"], local["noise_scale"]
         several = len(self.layers) > 1
         ratio = context.budget / max(1, 8 * context.total_numel)
@@ -293,7 +335,7 @@ class GradientStatistics:
             "mean_momentum_alignment": float(local["momentum_alignment"].mean()),
             "mean_error_momentum_4": float(local["error_momentum_4"].mean()),
             "layers": math.log10(len(self.layers)),
-        } | {f"rule_{rule}": float(rule == context.rule) for rule in RULES}
+        }
         table = torch.empty(len(self.layers), len(FEATURES))
         for i, feature in enumerate(LAYER_FEATURES):
             table[:, i] = local[feature.name]
@@ -303,14 +345,15 @@ class GradientStatistics:
         high = torch.tensor([f.high for f in FEATURES])
         return torch.maximum(torch.minimum(torch.nan_to_num(table, nan=0.0, posinf=1e30, neginf=-1e30), high), low)
 
-    def _local(self, context: Context) -> dict[str, Tensor]:
+    def _local(self, context: Context, summary: Tensor) -> dict[str, Tensor]:
         numel = torch.tensor([float(layer.numel) for layer in self.layers])
-        norm, running = self.norm.cpu(), self.running_norm.cpu() / max(1 - NORM_DECAY**self.steps, 1e-12)
-        counts = torch.tensor([float(count) for count in self._counts])
-        variance, mean_square = self.variance(), self._sum(self.mean.square()).cpu() / counts
-        signal = (mean_square - variance / max(1, self.window)).clamp(min=0)        # unbiased |G|^2 per entry
-        found = dict(zip(_PROBED, self.probed.cpu().unbind(1), strict=True))
-        cosines = self.cosine.cpu() / max(1, self.window - (self.window == self.steps))
+        here = torch.tensor([max(1.0, entries) for entries in self._numel])
+        norm, running, variance, mean_square, cosine, taken = summary[:, :6].float().unbind(1)
+        running, taken = running / max(1 - NORM_DECAY**self.steps, 1e-12), taken.clamp(min=1)
+        signal = (mean_square - variance / taken).clamp(min=0)                      # unbiased |G|^2 per entry
+        found = dict(zip(_PROBED, summary[:, 6:].float().unbind(1), strict=True))
+        pairs = taken - (taken == self.steps).float()                               # the very first gradient has none before it
+        cosines = cosine / pairs.clamp(min=1)
         shapes = [matrix_shape(layer.shape) for layer in self.layers]
         local = found | {
             "grad_norm": norm.log10(),
@@ -322,11 +365,13 @@ class GradientStatistics:
             "depth": torch.tensor([layer.depth for layer in self.layers]),
             "numel": numel.log10(),
             "aspect": torch.tensor([math.log10(max(1, max(s)) / max(1, min(s))) for s in shapes]),
-            "share": numel / max(1, context.total_numel),
-            "importance": self.importance(),
-            "bytes_per_param": torch.tensor([float(b) for b in context.layer_bytes]) / numel / 8,
+            "share": here / max(1, context.total_numel),
+            "importance": norm / safe(norm.max()),
+            "bytes_per_param": torch.tensor([float(b) for b in context.layer_bytes]) / here / 8,
         }
         local |= {f"kind_{kind}": torch.tensor([float(layer.kind == kind) for layer in self.layers]) for kind in KINDS}
+        rules = [{"adam": "adamw", "muon_qkv": "muon"}.get(layer.rule, layer.rule) for layer in self.layers]
+        local |= {f"rule_{rule}": torch.tensor([float(own == rule) for own in rules]) for rule in RULES}
         return local | self._in_force(context.configs)
 
     def _in_force(self, configs: Sequence[CompressionConfig]) -> dict[str, Tensor]:
@@ -336,7 +381,7 @@ class GradientStatistics:
         sides = [subspace(layer.shape, config.rank or 1 << 30) for layer, config in zip(self.layers, configs, strict=True)]
         return {
             "gradient_bits": column([math.log2(c.gradient_bits) / 5 for c in configs]),
-            "momentum_bits": column([math.log2(c.factor_bits_q if c.rank else c.momentum_bits) / 5 for c in configs]),
+            "momentum_bits": column([math.log2(1 + (c.factor_bits_q if c.rank else c.momentum_bits)) / 5.05 for c in configs]),
             "variance_bits": column([math.log2(1 + c.variance_bits) / 5.05 for c in configs]),
             "sparsity": column([c.sparsity for c in configs]),
             "rank": column([rank / max(1, small) for small, _, rank in sides]),
@@ -344,25 +389,22 @@ class GradientStatistics:
 
     def variance(self) -> Tensor:
         """Mean variance of an entry over the gradients since the window began (unbiased), per layer: (L,)."""
-        counts = torch.tensor([float(c) for c in self._counts])
-        return self._sum(self.square).cpu() / counts / max(1, self.window - 1)
+        counts = torch.tensor([float(c) for c in self._counts]).clamp(min=1)
+        return self._sum(self.square).cpu() / counts / (self.count.cpu() - 1).clamp(min=1)
 
     def compression_errors(self) -> Tensor:
         """Relative error that storing added to each layer's update at the last probe: (L,)."""
         logs = self.probed[:, _PROBED.index("compression_error")].float().cpu()
         return torch.where(logs == FEATURES[FEATURE_INDEX["compression_error"]].low, 0.0, 10**logs)
 
-    def importance(self) -> Tensor:
-        """Gradient norm over the largest of all layers: (L,) in [0, 1]."""
-        norm = self.norm.cpu()
-        return norm / safe(norm.max())
 
-
-def _measurable(name: str, config: CompressionConfig) -> bool:
+def _measurable(name: str, rule: str, config: CompressionConfig) -> bool:
     """Whether a format's error can be told under `config`: moments that are stored as factors or in a subspace would
     seem to lose nothing by it. The last estimate from a richer format stays, or the prior."""
     if name.startswith("error_variance"):
-        return config.variance_bits > 0 and not config.rank
+        return BASE_RULES[rule].variance and config.variance_bits > 0 and not config.rank
+    if name.startswith("error_momentum") and not config.has_momentum:
+        return False
     return not (name.startswith("error_") and config.rank)
 
 

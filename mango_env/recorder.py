@@ -327,7 +327,7 @@ class TrajectoryRecorder:
             "horizon": total or steps,
             "interval": freq,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "rule": "adamw",
+            "rule": self.optimizer.param_groups[0]["rule"],
             "reward": self.reward.to_json(),
             "mango_version": mango.__version__,
         }

@@ -22,14 +22,15 @@ from torch import Tensor
 from mango.config import CompressionConfig
 from mango.layers import Layer
 from mango.optimizer import MANGO
+from mango.rules import CHOICES
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
 
 DEFAULT_LR = 2e-3
 DEFAULT_INTERVAL = 10       # optimizer steps per decision
 DIVERGED = 5.0              # a run diverged when an interval's mean loss exceeds this many times its first loss (of at least 1)
-RUN_RULES = ("adamw",)
-HYPER = ("betas", "eps", "weight_decay", "maximize")
+RUN_RULES = CHOICES         # base rules
+HYPER = ("betas", "eps", "weight_decay", "maximize", "momentum", "matrix_lr_scale")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +121,7 @@ class TrainingRun:
             policy_update_freq=self.interval,
             total_steps=self.horizon,
             seed=self.seed,
+            rule=rule,
             **self._options,
         )
         if not self.layers:

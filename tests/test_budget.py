@@ -1,6 +1,7 @@
 """The byte budget: how it is said, the knapsack, and what is impossible."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -86,6 +87,128 @@ def test_c5_forbidden_rungs_are_never_taken_and_ties_cost_nothing() -> None:
     assert MemoryBudget(99).allocate(scores, nbytes).tolist() == [2, 1]
     with pytest.raises(ValueError, match="least feasible is 5 bytes"):
         MemoryBudget(4).allocate(scores, nbytes)
+
+
+def literal_greedy(scores: np.ndarray, nbytes: np.ndarray, budget: int) -> tuple[np.ndarray, float]:
+    """The knapsack word by word: every hull step of every layer in one list, then the best single change again and again."""
+    layers, price = np.arange(len(scores)), 0.0
+    cost = np.where(np.isneginf(scores), 10**12, nbytes)
+    pick = np.where(cost == cost.min(1, keepdims=True), scores, -np.inf).argmax(1)
+    left, steps = budget - int(nbytes[layers, pick].sum()), []
+    for layer, at in enumerate(pick):
+        while True:
+            extra, gain = nbytes[layer] - nbytes[layer, at], scores[layer] - scores[layer, at]
+            slope = np.where((extra > 0) & (gain > 0), gain / np.where(extra > 0, extra, 1), -np.inf)
+            if slope.max() <= 0:
+                break
+            at = int(slope.argmax())
+            steps.append((float(slope[at]), layer, at, int(extra[at])))
+    blocked: set[int] = set()
+    for slope_, layer, choice, more in sorted(steps, key=lambda step: -step[0]):
+        if layer not in blocked and more > left:
+            blocked.add(layer)
+            price = max(price, slope_)
+        elif layer not in blocked:
+            pick[layer], left = choice, left - more
+    while True:
+        extra = nbytes - nbytes[layers, pick][:, None]
+        gain = np.where(extra <= left, scores - scores[layers, pick][:, None], -np.inf)
+        layer, choice = divmod(int(gain.argmax()), scores.shape[1])
+        if gain[layer, choice] <= 0:
+            return pick, price
+        left -= int(extra[layer, choice])
+        pick[layer] = choice
+
+
+def ladders(kind: str, layers: int, rungs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and bytes (L, R): at random, concave along random bytes, or a ladder over layers of all sizes."""
+    rng = np.random.default_rng(seed)
+    if kind == "random":
+        return rng.random((layers, rungs)), rng.integers(1, 10**6, (layers, rungs))
+    if kind == "concave":
+        falling = -rng.random((layers, 1)) * 2.0 ** -np.arange(rungs)
+        return falling, np.sort(rng.integers(1, 10**6, (layers, rungs)), 1)
+    sizes = 2 ** rng.integers(10, 24, (layers, 1))
+    if kind == "giants":                                                   # that do not fit while thousands of small steps do
+        sizes = np.where(np.arange(layers)[:, None] < 3, 10**8, rng.integers(900, 1100, (layers, 1)))
+    return -rng.lognormal(0, 2, (layers, 1)) / np.arange(1, rungs + 1), sizes * np.arange(1, rungs + 1)
+
+
+@pytest.mark.parametrize("kind", ["random", "concave", "sizes", "giants"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(("layers", "rungs"), [(1, 1), (40, 5), (700, 16)])
+def test_c5_the_fast_knapsack_is_the_literal_greedy(kind: str, share: float, layers: int, rungs: int) -> None:
+    """Few layers are sorted whole, many are bracketed by prices first: the same choices and the same price."""
+    scores, nbytes = ladders(kind, layers, rungs, seed=layers)
+    scores[np.random.default_rng(1).random(scores.shape) < 0.1 * (rungs > 1)] = -np.inf
+    scores[:, 0] = np.where(np.isneginf(scores).all(1), 0.0, scores[:, 0])
+    least = int(np.where(np.isneginf(scores), 10**12, nbytes).min(1).sum())
+    budget = MemoryBudget(least + round(share * int(nbytes.max(1).sum() - least)))
+    pick, price = literal_greedy(scores, nbytes, budget.total)
+    assert budget.allocate(scores, nbytes).tolist() == pick.tolist()
+    assert budget.price == price
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.5, 1.0])
+def test_c5_layers_that_all_tie_fill_the_budget_to_the_last_step(share: float) -> None:
+    rungs = np.arange(1, 17)
+    scores, nbytes = np.tile(-1 / rungs, (1000, 1)), np.tile(1024 * rungs, (1000, 1))
+    budget = MemoryBudget(1024 * 1000 + round(share * 15 * 1024 * 1000))
+    pick = budget.allocate(scores, nbytes)
+    spent = int(nbytes[np.arange(1000), pick].sum())
+    assert 0 <= budget.total - spent < 1024 and int(pick.max() - pick.min()) <= 1
+    assert pick.tolist() == sorted(pick.tolist(), reverse=True)            # ties go to the first layers
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda rungs: st.lists(
+            st.tuples(
+                st.lists(st.one_of(st.integers(-5, 5).map(float), st.just(-math.inf)), min_size=rungs, max_size=rungs).filter(
+                    lambda row: max(row) > -math.inf
+                ),
+                st.lists(st.integers(1, 9), min_size=rungs, max_size=rungs),
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    ),
+    st.floats(0, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_c5_no_single_change_that_fits_improves_and_brute_force_is_one_step_away(
+    rows: list[tuple[list[float], list[int]]], share: float
+) -> None:
+    scores, nbytes = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.int64)
+    layers, open_ = np.arange(len(rows)), ~np.isneginf(scores)
+    least = int(np.where(open_, nbytes, 10**6).min(1).sum())
+    budget = MemoryBudget(least + round(share * max(0, int(nbytes.max(1).sum()) - least)))
+    pick = budget.allocate(scores, nbytes)
+    spent, got = int(nbytes[layers, pick].sum()), float(scores[layers, pick].sum())
+    assert spent <= budget.total and open_[layers, pick].all()
+    others = (nbytes - nbytes[layers, pick][:, None] <= budget.total - spent) & (scores > scores[layers, pick][:, None])
+    assert not others.any()
+    every = itertools.product(*(np.flatnonzero(row).tolist() for row in open_))
+    best = max(
+        sum(scores[layer, choice] for layer, choice in enumerate(choices))
+        for choices in every
+        if sum(nbytes[layer, choice] for layer, choice in enumerate(choices)) <= budget.total
+    )
+    step = max(row[allowed].max() - row[allowed].min() for row, allowed in zip(scores, open_, strict=True))
+    assert best - step <= got <= best
+
+
+def test_c5_a_layer_that_may_take_nothing_is_named() -> None:
+    scores = np.array([[0.0, 1.0], [-np.inf, -np.inf]])
+    with pytest.raises(ValueError, match=r"every choice of layer 1 is forbidden \(-inf\); allow one"):
+        MemoryBudget(99).allocate(scores, np.ones((2, 2), dtype=np.int64))
+
+
+def test_c5_allocation_leaves_its_arguments_alone() -> None:
+    scores, nbytes = ladders("sizes", 600, 8, seed=0)
+    before = scores.copy(), nbytes.copy()
+    MemoryBudget(int(nbytes.max(1).sum()) // 2).allocate(scores, nbytes)
+    assert (scores == before[0]).all() and (nbytes == before[1]).all()
 
 
 def test_no_layers_need_no_bytes() -> None:

@@ -85,7 +85,7 @@ def test_the_nearest_rung_keeps_the_kind_of_storage(action: tuple[int, ...]) -> 
 
 
 def test_menus_hold_what_the_documents_promise() -> None:
-    assert set(KNOBS["gradient_bits"]) >= {32, 16, 8, 4, 2} and set(KNOBS["momentum_bits"]) >= {32, 16, 8}
+    assert set(KNOBS["gradient_bits"]) >= {32, 16, 8, 6, 4, 2} and set(KNOBS["momentum_bits"]) >= {32, 16, 8, 6}
     assert {1, 4, 8} <= set(KNOBS["rank"]) and max(KNOBS["sparsity"]) == 0.99
 
 

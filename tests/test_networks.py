@@ -72,8 +72,8 @@ def test_padding_gives_no_gradient_and_no_nan() -> None:
     d = FactoredCategorical(logits)
     (d.log_prob(d.mode()).sum() + d.entropy().sum()).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None and bool(logits.grad.isfinite().all())
-    with pytest.raises(ValueError, match="need 31 logits; got 30"):
-        FactoredCategorical(torch.zeros(2, 30))
+    with pytest.raises(ValueError, match="need 33 logits; got 32"):
+        FactoredCategorical(torch.zeros(2, 32))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -286,7 +286,7 @@ def test_training_mode_samples_and_eval_mode_is_greedy() -> None:
     decision = net(observations(1))
     greedy = MAX_SPARSITY / (1 + math.exp(-float(decision["sparsity_logit"].detach())))
     assert decision["sparsity_ratio"] == pytest.approx(greedy, rel=1e-6)
-    assert decision["gradient_bits"] == KNOBS["gradient_bits"][int(decision["gradient_logits"].argmax())]
+    assert decision["gradient_bits"] == net.knobs["gradient_bits"][int(decision["gradient_logits"].argmax())]
 
 
 def test_parameter_groups_are_runs_of_layers_with_a_decision_each() -> None:

@@ -1,6 +1,7 @@
 """Gradients that are not finite: the layer's step is skipped and counted, states stay finite, other layers move."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -118,9 +119,22 @@ def test_a_policy_that_fails_does_not_leave_the_optimizer_broken() -> None:
 
     param = Parameter(torch.ones(40, 40))
     optimizer = MANGO([param], policy=Failing(), policy_update_freq=2)
+    decisions: list[int] = []
+    optimizer.register_decision_hook(lambda decision: decisions.append(decision.step))
     feed([param], 0)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="no answer"):
+    with pytest.warns(UserWarning, match=r"last decision stays: RuntimeError: no answer"):
         optimizer.step()
-    optimizer.step()  # between decisions all goes on
-    assert optimizer.applied == [FULL] and optimizer.steps == 3 and param.isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        for _ in range(4):
+            before = param.detach().clone()
+            optimizer.step()
+            assert not torch.equal(before, param)
+    assert optimizer.applied == [FULL] and optimizer.steps == 6 and param.isfinite().all() and decisions == [2, 4, 6]
+    strict = MANGO([param], policy=Failing(), policy_update_freq=2, strict=True)
+    strict.step()
+    with pytest.raises(RuntimeError, match="no answer"):
+        strict.step()
+    strict.step()  # between decisions all goes on
+    assert strict.applied == [FULL] and strict.steps == 3 and param.isfinite().all()

@@ -73,7 +73,7 @@ def test_a26_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name: str, s
         and resumed.get_compression_stats() == optimizer.get_compression_stats()
     )
     one, two = optimizer.state_dict(), resumed.state_dict()
-    assert torch.equal(one["mango"]["generator"], two["mango"]["generator"])
+    assert one["mango"]["seed"] == two["mango"]["seed"]
     for index in one["state"]:
         assert all(torch.equal(v, two["state"][index][k]) for k, v in one["state"][index].items() if isinstance(v, Tensor))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from mango import MANGO, CompressionConfig
+from mango import MANGO, CompressionConfig, native
 from mango.codecs import CODECS
 from mango.config import FULL, LADDER, NVEC
 from mango.state import StorageOptions, TensorState, predicted_bytes
@@ -47,13 +47,15 @@ class Meter:
         self.optimizer, self.peak, self.samples = optimizer, 0, 0
         for codec in {type(c) for c in CODECS.values()}:
             monkeypatch.setattr(codec, "encode", self._measured(codec.encode))
+        for kernel in ("encode", "update"):
+            monkeypatch.setattr(native, kernel, self._measured(getattr(native, kernel)))
 
-    def _measured(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(codec: Any, *args: Any, **kwargs: Any) -> Any:
-            enc = encode(codec, *args, **kwargs)
+    def _measured(self, store: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            stored = store(*args, **kwargs)
             self.samples += 1
             self.peak = max(self.peak, self.optimizer.state_bytes())
-            return enc
+            return stored
 
         return wrapper
 
@@ -95,7 +97,7 @@ def test_a16_the_budget_holds_at_every_instant(policy: str, release: bool, share
     )
     meter = Meter(optimizer, monkeypatch)
     train(model, optimizer, 40)
-    assert meter.samples > 100 and meter.peak <= optimizer.memory_budget
+    assert meter.samples > 40 and meter.peak <= optimizer.memory_budget
     assert optimizer.memory_report()["total"] == optimizer.state_bytes() <= optimizer.memory_budget
 
 
@@ -165,10 +167,14 @@ def test_transcoding_keeps_the_moments() -> None:
         gradients([param], step)
         optimizer.step()
     exp_avg, exp_avg_sq = (x.clone() for x in optimizer.state[param]["tensor"].moments())
-    for config, bound in ((LADDER[8], 2.0**-7), (LADDER[7], 2e-2), (LADDER[6], 0.1)):
-        optimizer.apply(config)
+    blocks = exp_avg_sq.view(-1, 128)
+    # the widest of 15 steps in log from the least to the largest: by chance an error has half a gap's deviation at most
+    gap = float(((blocks.amax(1) / blocks.amin(1)) ** (1 / 14)).max()) - 1
+    for bits, bound in (((16, 8), 2.0**-7), ((8, 8), 2e-2), ((8, 4), 2e-2 + gap / 2)):
+        optimizer.apply(CompressionConfig(momentum_bits=bits[0], variance_bits=bits[1]))
         now = optimizer.state[param]["tensor"].moments()
-        assert (now[0] - exp_avg).norm() <= bound * exp_avg.norm() and (now[1] - exp_avg_sq).norm() <= bound * exp_avg_sq.norm()
+        assert (now[0] - exp_avg).norm() <= min(bound, 2e-2) * exp_avg.norm() and (now[1] - exp_avg_sq).norm() <= bound * exp_avg_sq.norm()
+    assert bound < 0.3
 
 
 @pytest.mark.parametrize("release", [False, True])

@@ -55,7 +55,7 @@ def test_an_episode_stores_the_standard_dtypes() -> None:
         ({"observations": np.full((7, 64), 1e300)}, ValueError, "must be finite"),
         ({"observations": np.zeros((7, 64), int)}, TypeError, "observations are int64; they must be floats"),
         ({"actions": np.zeros((6, 7), np.float32)}, TypeError, "actions are float32; they must be integers"),
-        ({"actions": np.full((6, 7), 5)}, ValueError, r"actions\[0\] has index 5 for gradient_bits, outside 0..4"),
+        ({"actions": np.full((6, 7), 6)}, ValueError, r"actions\[0\] has index 6 for gradient_bits, outside 0..5"),
         ({"actions": np.full((6, 7), -1)}, ValueError, "has index -1"),
         ({"actions": np.zeros((6, 5), int)}, ValueError, r"actions have shape \(6, 5\)"),
         ({"actions": np.zeros((0, 7), int)}, ValueError, "T >= 1"),
@@ -277,7 +277,7 @@ def test_validate_finds_a_changed_value(tmp_path: Path) -> None:
     ("path", "change", "says"),
     [
         ("rewards", lambda x: x + np.float32(np.nan), "must be finite"),
-        ("actions", lambda x: x + np.int8(9), "outside 0..4"),
+        ("actions", lambda x: x + np.int8(9), "outside 0..5"),
         ("terminations", lambda x: ~x, "is set before the last"),
     ],
 )

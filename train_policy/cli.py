@@ -15,8 +15,10 @@ from train_policy.cli_data import data_app
 from train_policy.cli_support import (
     DEBUG_FLAG,
     JsonOption,
+    RuleOption,
     SeedOption,
     StepsOption,
+    check_rule,
     console,
     emit,
     err_console,
@@ -72,21 +74,19 @@ def evaluate(
     steps: StepsOption = None,
     interval: Annotated[int, typer.Option(help="optimizer steps per decision")] = 10,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
-    rule: Annotated[str, typer.Option(help="base rule of the optimizer")] = "adamw",
+    rule: RuleOption = "adamw",
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     json: JsonOption = None,
 ) -> None:
     """Train under budgets with each policy, beside torch.optim.AdamW on the same seeds."""
-    from mango_env.run import RUN_RULES
     from train_policy.collect import behaviours
     from train_policy.evaluate import EvaluationArgs
     from train_policy.evaluate import evaluate as measure
 
-    if rule not in RUN_RULES:
-        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RUN_RULES)}")
+    check_rule(rule)
     specs = [spec for given in policy for spec in given.split(",") if spec]
     specs = list(dict.fromkeys(behaviours(specs)))
-    args = EvaluationArgs(horizon=steps, interval=interval, lr=lr)
+    args = EvaluationArgs(horizon=steps, interval=interval, lr=lr, rule=rule)
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     rows = measure(specs, workload, sizes, draws, args, workers=workers, progress=err_console.is_terminal)
     emit(json, [row.to_dict() for row in rows], lambda: print_evaluation(rows))
@@ -187,6 +187,7 @@ def run(
     epochs: Annotated[float | None, typer.Option(help="instead of steps")] = None,
     batch_size: Annotated[int | None, typer.Option(help="default: the workload's own")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: the workload's own; SGD's is 25 times that")] = None,
+    rule: RuleOption = "adamw",
     seeds: Annotated[int, typer.Option(help="runs per method")] = 1,
     seed: SeedOption = 0,
     target: Annotated[float | None, typer.Option(help="report the first step whose training loss reaches it")] = None,
@@ -200,7 +201,8 @@ def run(
     from train_policy.run_study import Args, run_study, summary
 
     args = Args(mode, optimizer, workload, policy, parse_budget(budget), steps, epochs, batch_size, learning_rate,
-                seeds=seeds, seed=seed, target=target)  # fmt: skip
+                rule=rule, seeds=seeds, seed=seed, target=target)  # fmt: skip
+    check_rule(rule)
     path, rows, failures = run_study(args, output_dir, report=say)
     lines = summary(rows)
 

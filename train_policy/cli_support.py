@@ -24,6 +24,7 @@ err_console = Console(stderr=True)
 
 JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON to this file; -: to stdout, no tables")]
 SeedOption = Annotated[int, typer.Option("--seed", help="everything random follows from it")]
+RuleOption = Annotated[str, typer.Option("--rule", help="base rule of the optimizer: adamw, adam, sgd, lion or muon")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimizer steps of a run; default: the workload's own")]
 
 P = ParamSpec("P")
@@ -170,3 +171,11 @@ def parse_list(text: str, kind: Callable[[str], T], what: str) -> list[T]:
     if not found:
         raise ValueError(f"{what}: the list is empty")
     return found
+
+
+def check_rule(rule: str) -> None:
+    """One line for a rule that there is not."""
+    from mango.rules import CHOICES
+
+    if rule not in CHOICES:
+        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(CHOICES)}")

@@ -7,8 +7,10 @@ import typer
 
 from train_policy.cli_support import (
     JsonOption,
+    RuleOption,
     SeedOption,
     StepsOption,
+    check_rule,
     emit,
     err_console,
     guarded,
@@ -42,6 +44,7 @@ def collect(
     steps: StepsOption = None,
     interval: Annotated[int, typer.Option(help="optimizer steps per decision")] = 10,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
+    rule: RuleOption = "adamw",
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     json: JsonOption = None,
 ) -> None:
@@ -49,7 +52,8 @@ def collect(
     from train_policy.collect import CollectArgs
     from train_policy.collect import collect as record
 
-    args = CollectArgs(horizon=steps, interval=interval, lr=lr, seed=seed)
+    check_rule(rule)
+    args = CollectArgs(horizon=steps, interval=interval, lr=lr, rule=rule, seed=seed)
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     done = record(workload, policy, draws, sizes, root, args, workers=workers, progress=err_console.is_terminal)
 

@@ -44,6 +44,7 @@ class CollectArgs:
     horizon: int | None = None                           # optimizer steps; None: the workload's own
     interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
     lr: float | None = None                              # None: the workload's own
+    rule: str = "adamw"                                  # base rule of the optimizer
     reward: Reward = Reward()
     seed: int = 0                                        # of the behaviours; runs have seeds of their own
 
@@ -219,8 +220,8 @@ def collect(
 
 def run_id(work: str | WorkloadBuilder, spec: str | Any, seed: int, budget: Budget, args: CollectArgs) -> str:
     """The name of a run: readable, with a hash of everything that it depends on."""
-    facts = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr, args.seed]
-    digest = hashlib.sha256(json.dumps([*facts, args.reward.to_json()]).encode()).hexdigest()[:8]
+    facts = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr, args.rule]
+    digest = hashlib.sha256(json.dumps([*facts, args.seed, args.reward.to_json()]).encode()).hexdigest()[:8]
     return f"{facts[0]}-{facts[1]}-s{seed}-b{budget}-{digest}"
 
 
@@ -238,7 +239,9 @@ def _check(jobs: Sequence[Job]) -> None:
 
 def _start(job: Job) -> TrainingRun:
     a = job.args
-    return TrainingRun(job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr)
+    return TrainingRun(
+        job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr, rule=a.rule
+    )
 
 
 def _salvage(root: Path) -> None:

@@ -105,6 +105,7 @@ class EvaluationArgs:
     horizon: int | None = None                           # optimizer steps; None: the workload's own
     interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
     lr: float | None = None                              # None: the workload's own
+    rule: str = "adamw"                                  # base rule of the policies' runs; the reference is AdamW's
     reward: Reward = dataclasses.field(default_factory=Reward)
 
 
@@ -266,7 +267,7 @@ def _check(specs: Sequence[Any], works: Sequence[Any], sizes: Sequence[Budget], 
 
 def _run(work: str | WorkloadBuilder, seed: int, budget: Budget, policy: Any, args: EvaluationArgs) -> TrainingRun:
     return TrainingRun(
-        work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, policy=policy
+        work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, rule=args.rule, policy=policy
     )
 
 

@@ -55,6 +55,7 @@ class Args:
     epochs: float | None = None                          # instead of steps, where the workload knows its epoch
     batch_size: int | None = None                        # None: the workload's own
     learning_rate: float | None = None                   # None: the workload's own (25 times that for SGD)
+    rule: str = "adamw"                                  # base rule of MANGO, see mango.rules
     interval: int = 10                                   # optimizer steps per decision
     seeds: int = 1                                       # runs per method
     seed: int = 0                                        # the first of them
@@ -145,6 +146,7 @@ def training_run(args: Args, method: Method, seed: int) -> TrainingRun:
         interval=args.interval,
         memory_budget=options.pop("memory_budget", args.budget),
         lr=args.learning_rate,
+        rule=args.rule,
         policy=method.policy,
         workload_kwargs=workload_options(args),
         optimizer_options=options,

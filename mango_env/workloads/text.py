@@ -154,8 +154,9 @@ class LanguageModel:
     """Next-character prediction on windows drawn at random; `val_loss` is in nats per character, on evenly spaced windows."""
 
     def __init__(
-        self, data: TextData, seed: int, *, steps: int, batch: int, context: int, width: int, depth: int, heads: int, lr: float
-    ) -> None:
+        self, data: TextData, seed: int, *, steps: int, batch: int, context: int, width: int, depth: int, heads: int, lr: float,
+        val_windows: int = VAL_WINDOWS,
+    ) -> None:  # fmt: skip
         check_positive(steps=steps, batch=batch, context=context, width=width, depth=depth, heads=heads)
         if context >= len(data.val):
             raise ValueError(f"context={context} is longer than the held-out text of {len(data.val)} characters")
@@ -167,6 +168,7 @@ class LanguageModel:
         self.tokens = batch * context                                          # characters per step
         self._data = data
         self._context = context
+        self._val_windows = val_windows
 
     def loss(self) -> Tensor:
         starts = torch.randint(len(self._data.train) - self._context, (self.batch,), generator=self._generator)
@@ -174,11 +176,11 @@ class LanguageModel:
 
     def evaluate(self) -> dict[str, float]:
         last = len(self._data.val) - self._context - 1
-        starts = torch.linspace(0, last, VAL_WINDOWS, dtype=torch.float64).long()
+        starts = torch.linspace(0, last, self._val_windows, dtype=torch.float64).long()
         windows = self._windows(self._data.val, starts)
         with evaluating(self.model):
             losses = [float(self._cross_entropy(part)) * len(part) for part in torch.split(windows, self.batch)]
-        val_loss = sum(losses) / VAL_WINDOWS
+        val_loss = sum(losses) / self._val_windows
         return {"val_loss": val_loss, "val_bits_per_character": val_loss / math.log(2)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""One call for many tensors: decode, update, encode, statistics. What the CPU kernels do not cover takes its own way.
+
+Covered: the rules AdamW, Adam, SGD and Lion on float32 and bfloat16 parameters whose moments are in full space. Not
+covered, and done tensor by tensor in PyTorch: subspaces, Muon, other dtypes, parameters that are not contiguous.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from mango import native, noise
+from mango.codecs import matrix_shape
+from mango.rules import Hyper
+from mango.state import Target, TensorState
+from mango.statistics import GradientStatistics
+
+
+class Work(NamedTuple):
+    """One tensor's update at one step."""
+
+    target: Target
+    state: TensorState
+    gradient: Tensor                         # to apply
+    fresh: bool                              # nothing of it was looked at: the fused update checks it and takes its statistics
+    coding: Tensor                           # relative error of coding the gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What one fused call found, by tensor: (n,) each. Norms of updates and moments only where they were asked for."""
+
+    finite: NDArray[np.bool_]
+    grad_norm: NDArray[np.float64]
+    moved: NDArray[np.float64]
+    param_norm: NDArray[np.float64]
+    alignment: NDArray[np.float64]                           # cosine of first moment and gradient
+
+
+class FusedUpdate:
+    """Updates tensors by the CPU kernels. Keeps one row per tensor, filled anew when its state was stored anew."""
+
+    def __init__(self, targets: Sequence[Target], statistics: GradientStatistics, seed: int) -> None:
+        self._row = {target: i for i, target in enumerate(targets)}
+        self._jobs: NDArray[Any] = np.zeros(len(targets), native.JOB)
+        self._versions = [-1] * len(targets)
+        self._keys = np.array([noise.step_key(seed, i, 0) for i in range(len(targets))], dtype=np.uint64)
+        self._statistics = statistics
+
+    @staticmethod
+    def covers(target: Target, state: TensorState) -> bool:
+        """Whether the tensor's update can be fused, whatever its gradient is."""
+        param = target.local
+        plain = type(param) in (Parameter, Tensor) and param.device.type == "cpu" and param.dtype in native.PARAM_TYPES
+        plain = plain and param.is_contiguous() and param.shape == state.shape      # a shape that was changed since is an error
+        return plain and not state.config.rank and state.rule in native.RULES and param.numel() > 0 and native.load() is not None
+
+    @staticmethod
+    def accepts(gradient: Tensor) -> bool:
+        """Whether the kernels can read this gradient."""
+        return gradient.layout == torch.strided and gradient.dtype in native.PARAM_TYPES and gradient.is_contiguous()
+
+    def run(self, work: Sequence[Work], step: int, measure: bool) -> Moves:
+        """Update each tensor by its gradient; those that are not finite are left as they are.
+
+        Gradients are such as `accepts` takes. Statistics are taken of the fresh ones.
+        """
+        rows = np.array([self._row[w.target] for w in work])
+        for row, w in zip(rows.tolist(), work, strict=True):
+            if self._versions[row] != w.state.version:
+                self._fill(row, w.target, w.state)
+                self._versions[row] = w.state.version
+        jobs = self._jobs[rows]
+        params = [w.target.local for w in work]
+        jobs["param"] = [param.data_ptr() for param in params]
+        jobs["param_type"] = [native.PARAM_TYPES[param.dtype] for param in params]  # `model.to(dtype)` changes it
+        jobs["grad"] = [w.gradient.data_ptr() for w in work]
+        jobs["grad_type"] = [native.PARAM_TYPES[w.gradient.dtype] for w in work]
+        jobs["scale"] = [-1.0 if w.target.group["maximize"] else 1.0 for w in work]
+        jobs["key"] = (self._keys[rows] + np.uint64(step * 0x9E3779B9)).astype(np.uint32)
+        self._hyper(jobs, work)
+        sampled = np.array([w.fresh for w in work])
+        jobs["sample_count"] = np.where(sampled, jobs["sample_count"], 0)
+        layers = [w.target.layer for w in work if w.fresh and w.target.layer is not None]
+        if layers:
+            has = sampled & (jobs["sample_stride"] > 0)
+            jobs["window"][has] = self._statistics.count[layers].numpy() + 1.0
+        jobs["measure"] = measure
+        native.update(jobs)
+        torch.autograd.graph.increment_version(params)                             # backward through old weights is an error
+        return self._results(work, jobs, sampled)
+
+    def _results(self, work: Sequence[Work], jobs: NDArray[Any], sampled: NDArray[np.bool_]) -> Moves:
+        if (jobs["finite"] == 2).any():
+            raise MemoryError("the CPU kernels could not allocate their scratch space")
+        finite = jobs["finite"] == 1
+        for w, good in zip(work, finite.tolist(), strict=True):
+            w.state.step += good
+        norms = np.sqrt(jobs["grad_sq"])
+        took = [i for i, w in enumerate(work) if w.fresh and finite[i] and w.target.layer is not None]
+        if took:
+            self._statistics.took([work[i].target.layer for i in took], torch.from_numpy(norms[took]))  # type: ignore[misc]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            alignment = np.nan_to_num(jobs["momentum_grad"] / (np.sqrt(jobs["momentum_sq"]) * norms))
+        return Moves(finite, norms, np.sqrt(jobs["moved_sq"]), np.sqrt(jobs["param_sq"]), alignment)
+
+    def _hyper(self, jobs: NDArray[Any], work: Sequence[Work]) -> None:
+        known: dict[tuple[int, str, bool], tuple[float, ...]] = {}
+        numbers = []
+        for w in work:
+            rule, keeps = w.state.rule, w.state.config.has_momentum
+            place = (id(w.target.group), rule, keeps)
+            if place not in known:
+                hyper = Hyper.of(w.target.group, rule)
+                hyper = hyper if keeps else hyper.without_momentum()
+                beta1 = hyper.momentum if rule == "sgd" else hyper.betas[0]
+                known[place] = (hyper.lr, beta1, hyper.betas[1], hyper.eps, hyper.weight_decay)
+            numbers.append((*known[place], w.state.step + 1))
+        lr, beta1, beta2, eps, decay, steps = np.array(numbers).T
+        jobs["lr"], jobs["beta1"], jobs["beta2"], jobs["eps"], jobs["weight_decay"] = lr, beta1, beta2, eps, decay
+        jobs["correction1"], jobs["correction2"] = 1 - beta1**steps, 1 - beta2**steps
+
+    def _fill(self, row: int, target: Target, state: TensorState) -> None:
+        """What stays until the state is stored anew: sizes, formats, addresses."""
+        job = self._jobs[row]
+        exp_avg, exp_avg_sq = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq")
+        by_chance, v_by_chance = state.chances
+        job["numel"], job["columns"] = math.prod(state.shape), matrix_shape(state.shape)[1]
+        job["rule"] = native.RULES[state.rule]
+        job["m_format"], job["m_chance"] = native.FORMAT_NONE, by_chance
+        if exp_avg is not None:
+            job["m_format"] = native.format_number(exp_avg.codec)
+            job["m_codes"], job["m_scale"], job["m_low"] = native.part_pointers(exp_avg.parts)
+        if exp_avg_sq is not None:
+            job["v_format"], job["v_chance"] = native.format_number(exp_avg_sq.codec), v_by_chance
+            job["v_codes"], job["v_scale"], job["v_low"] = native.part_pointers(exp_avg_sq.parts)
+        else:
+            job["v_format"] = native.FORMAT_NONE
+        if state.correction is not None:
+            job["correction"], job["correction_bits"] = state.correction.data_ptr(), 8 * state.correction.element_size()
+        if target.layer is not None:
+            tables = self._statistics
+            offset, count, stride = tables.sample(target.layer)
+            job["sample_stride"], job["sample_count"] = stride, count
+            for name in ("mean", "square", "previous"):
+                job[f"sample_{name}"] = tables.tensors[name].data_ptr() + 4 * offset
+            job["cosine"] = tables.cosine.data_ptr() + 4 * target.layer
