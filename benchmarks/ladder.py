@@ -1,82 +1,172 @@
-"""What each rung of the ladder costs: bytes, error of the update, loss at the end of training.
+"""What each candidate of the ladder costs (bytes, error of the update, loss), and the ladder that follows from it.
 
-    python benchmarks/ladder.py --seeds 2 --out benchmarks/results/ladder.json
+    python -m benchmarks.ladder --seeds 2 --out benchmarks/results/ladder.json --write mango/ladder.json
 
-Every rung trains every workload from the same start over the same batches as torch's AdamW. The weights of the
-water-filling policy were chosen so that its predicted errors order the rungs as these losses do.
+Bytes are those of a 512 x 512 matrix. The error of the update is taken along one full-precision AdamW run: every candidate
+follows the same gradients in its own stored state, and its direction is compared with the exact one. Losses are of whole
+trainings, paired by seed with torch's AdamW (rule adamw) or with full precision (rule muon). A candidate is off the ladder
+where a cheaper one has no larger error of the update and, within two standard errors, no larger loss under either rule; or
+where another of less than half again its bytes loses less by 5 % beyond those errors under one, and not more under any.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.record import stamp, write
-from mango import LADDER, MANGO
-from mango.state import StorageOptions, predicted_bytes
+from mango import MANGO, CompressionConfig, Ladder
+from mango.noise import step_key
+from mango.rules import Hyper
+from mango.state import StorageOptions, TensorState, predicted_bytes
 from mango_env.workloads import make_workload
+
+SHAPE = (512, 512)
+MOMENTS = [(2, 0), (4, 0), (6, 0), (8, 0), (4, 4), (6, 4), (8, 4), (6, 8), (8, 8), (16, 8), (16, 16), (32, 32)]
+RANKS = [(1, 8), (4, 8), (8, 4), (32, 4)]
+CANDIDATES = (
+    [CompressionConfig(momentum_bits=0, variance_bits=0)]
+    + [CompressionConfig(rank=rank, factor_bits_p=bits, factor_bits_q=bits, variance_bits=0) for rank, bits in RANKS]
+    + [CompressionConfig(momentum_bits=m, variance_bits=v) for m, v in MOMENTS]
+)
+RULES = ("adamw", "muon")
+WORKLOADS = ("digits_mlp", "digits_cnn", "source_lm")
 
 
 @dataclass(frozen=True)
 class Args:
-    workloads: str = "digits_mlp,digits_cnn,source_lm"
     steps: int = 150                                    # optimizer steps per run
-    seeds: int = 2                                      # runs per rung and workload
+    seeds: int = 2                                      # runs per candidate, rule and workload
     lr: float = 2e-3                                    # the same for all
     threads: int = 1                                    # torch threads
     out: Path = Path("benchmarks/results/ladder.json")
+    write: Path = Path("mango/ladder.json")             # the table that the ladder is read from
 
 
-def run(workload: str, seed: int, steps: int, build: Callable[[torch.nn.Module], Optimizer]) -> dict[str, float]:
-    """Train once; the validation loss, and for MANGO the mean relative error of its layers and its bytes per parameter."""
+def val_loss(workload: str, seed: int, steps: int, build: Callable[[torch.nn.Module], Optimizer]) -> float:
+    """Train once."""
     task = make_workload(workload, seed)
     optimizer = build(task.model)
     for _ in range(steps):
         optimizer.zero_grad()
         task.loss().backward()                          # type: ignore[no-untyped-call]
         optimizer.step()
-    result = {"val_loss": task.evaluate()["val_loss"]}
-    if isinstance(optimizer, MANGO):
-        per_param = 8 * optimizer.state_bytes() / optimizer.adamw_bytes
-        result |= {"error": float(optimizer.layer_errors().mean()), "bytes_per_param": per_param}
-    return result
+    return task.evaluate()["val_loss"]
+
+
+def mango(config: CompressionConfig, rule: str, lr: float) -> Callable[[torch.nn.Module], Optimizer]:
+    return lambda model: MANGO(model.named_parameters(), lr=lr, policy=config, rule=rule, policy_update_freq=10**9)
+
+
+def update_errors(args: Args) -> dict[str, float]:
+    """Relative l2 error of each candidate's direction, mean over layers, late steps and workloads."""
+    found: dict[str, list[float]] = {config.name: [] for config in CANDIDATES}
+    hyper = Hyper(1.0, (0.9, 0.999), 1e-8, 0.0, 0.0)
+    for workload in WORKLOADS:
+        task = make_workload(workload, 0)
+        optimizer = AdamW(task.model.parameters(), lr=args.lr, weight_decay=0)
+        layers = [p for p in task.model.parameters() if p.numel() >= 1024]
+        exact_states = [TensorState(tuple(p.shape), CompressionConfig(), StorageOptions()) for p in layers]
+        states = {(i, c): TensorState(tuple(p.shape), c, StorageOptions()) for i, p in enumerate(layers) for c in CANDIDATES}
+        for state in [*exact_states, *states.values()]:
+            state.create(torch.device("cpu"))
+        for step in range(args.steps):
+            optimizer.zero_grad()
+            task.loss().backward()                      # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                for i, param in enumerate(layers):
+                    if param.grad is None:
+                        continue
+                    exact = _direction(exact_states[i], param.grad, hyper, step_key(0, i, step))
+                    for config in CANDIDATES:
+                        own = _direction(states[i, config], param.grad, hyper, step_key(1, i, step))
+                        if step >= args.steps // 2 and step % 5 == 0:
+                            found[config.name].append(float((own - exact).norm() / exact.norm().clamp(min=1e-30)))
+            optimizer.step()
+    return {name: mean(errors) for name, errors in found.items()}
+
+
+def _direction(state: TensorState, grad: torch.Tensor, hyper: Hyper, key: int) -> torch.Tensor:
+    moved = torch.zeros_like(grad)
+    state.update(moved, grad.clone(), hyper, key)
+    return -moved
+
+
+def losses(args: Args, rule: str) -> dict[str, list[float]]:
+    """Per candidate the gaps in per cent, one per workload and seed."""
+    gaps: dict[str, list[float]] = {config.name: [] for config in CANDIDATES}
+    for workload in WORKLOADS:
+        for seed in range(args.seeds):
+            if rule == "adamw":
+                reference = val_loss(workload, seed, args.steps, lambda m: AdamW(m.parameters(), lr=args.lr, weight_decay=0))
+            else:
+                reference = val_loss(workload, seed, args.steps, mango(CompressionConfig(), rule, args.lr))
+            for config in CANDIDATES:
+                own = val_loss(workload, seed, args.steps, mango(config, rule, args.lr))
+                gaps[config.name].append(100 * (own / reference - 1))
+            print(f"{rule} {workload} seed {seed}: {reference:.4f}", flush=True)
+    return gaps
+
+
+def frontier(rows: list[dict[str, Any]]) -> list[str]:
+    """Names of the candidates that are worth a rung, the cheapest first."""
+
+    def worse(one: dict[str, Any], other: dict[str, Any], rule: str, by: float = 0.0) -> bool:
+        noise = 2 * math.hypot(one[rule]["se"], other[rule]["se"])
+        return bool(one[rule]["gap_percent"] > other[rule]["gap_percent"] + noise + by)
+
+    def superfluous(row: dict[str, Any], other: dict[str, Any]) -> bool:
+        cheaper = other["bytes_per_param"] < row["bytes_per_param"]
+        return cheaper and other["update_error"] <= row["update_error"] and not any(worse(other, row, rule) for rule in RULES)
+
+    def hopeless(row: dict[str, Any], other: dict[str, Any]) -> bool:
+        near = other["bytes_per_param"] < 1.5 * row["bytes_per_param"]
+        never = not any(worse(other, row, rule) for rule in RULES)
+        return near and never and any(worse(row, other, rule, by=5.0) for rule in RULES)
+
+    rows = sorted(rows, key=lambda row: row["bytes_per_param"])
+    return [r["rung"] for r in rows if not any(superfluous(r, other) or hopeless(r, other) for other in rows if other is not r)]
 
 
 def train(args: Args) -> Path:
     torch.set_num_threads(args.threads)
-    rows = []
-    for workload in args.workloads.split(","):
-        reference = [
-            run(workload, seed, args.steps, lambda model: AdamW(model.parameters(), lr=args.lr, weight_decay=0))["val_loss"]
-            for seed in range(args.seeds)
-        ]
-        print(f"\n{workload}: AdamW {mean(reference):.4f}")
-        for rung in LADDER:
+    errors = update_errors(args)
+    gaps = {rule: losses(args, rule) for rule in RULES}
+    rows: list[dict[str, Any]] = []
+    for config in CANDIDATES:
+        bytes_per_param = predicted_bytes(SHAPE, config, StorageOptions()) / math.prod(SHAPE)
+        row: dict[str, Any] = {"rung": config.name, "bytes_per_param": bytes_per_param, "update_error": errors[config.name]}
+        for rule, found in gaps.items():
+            own = found[config.name]
+            row[rule] = {"gap_percent": mean(own), "se": stdev(own) / math.sqrt(len(own)) if len(own) > 1 else 0.0, "gaps": own}
+        rows.append(row)
+    return publish(args, rows)
 
-            def build(model: torch.nn.Module, policy: object = rung) -> Optimizer:
-                return MANGO(model.named_parameters(), lr=args.lr, policy=policy, policy_update_freq=25)
 
-            runs = [run(workload, seed, args.steps, build) for seed in range(args.seeds)]
-            gaps = [100 * (r["val_loss"] / ref - 1) for r, ref in zip(runs, reference, strict=True)]
-            row = {
-                "workload": workload,
-                "rung": rung.name,
-                "matrix_512_bytes_per_param": predicted_bytes((512, 512), rung, StorageOptions()) / 512**2,
-                "bytes_per_param": mean(r["bytes_per_param"] for r in runs),
-                "error": mean(r["error"] for r in runs),
-                "val_loss": [r["val_loss"] for r in runs],
-                "gap_percent": mean(gaps),
-                "gap_sd": stdev(gaps) if len(gaps) > 1 else None,
-            }
-            bytes_text = f"{row['matrix_512_bytes_per_param']:7.3f} B/param"
-            print(f"{rung.name:10s} {bytes_text}  error {row['error']:.3f}  gap {row['gap_percent']:+7.2f} %")
-            rows.append(row)
-    return write(args.out, stamp(args) | {"rows": rows})
+def publish(args: Args, rows: list[dict[str, Any]]) -> Path:
+    """Choose the ladder, write its table and the results."""
+    chosen = frontier(rows)
+    for row in rows:
+        row["on_ladder"] = row["rung"] in chosen
+        print(f"{row['rung']:10s} {row['bytes_per_param']:7.3f} B/param  error {row['update_error']:.3f}"
+              f"  adamw {row['adamw']['gap_percent']:+7.2f} %  muon {row['muon']['gap_percent']:+7.2f} %"
+              f"  {'' if row['on_ladder'] else 'not on the ladder'}")  # fmt: skip
+    by_name = {config.name: config for config in CANDIDATES}
+    rungs = [row | {"config": by_name[row["rung"]].to_dict()} for row in sorted(rows, key=lambda r: r["bytes_per_param"])
+             if row["on_ladder"]]  # fmt: skip
+    ladder = Ladder(tuple(by_name[name] for name in chosen))
+    table = [{"config": row["config"], "bytes_per_param": round(row["bytes_per_param"], 4),
+              "update_error": round(row["update_error"], 4)} for row in rungs]  # fmt: skip
+    write(args.write, {"program": "benchmarks/ladder.py", "rungs": table})
+    print("ladder:", ", ".join(ladder.names))
+    return write(args.out, stamp(args) | {"rows": rows, "ladder": list(ladder.names)})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Time of one optimizer step against torch's AdamW, side by side in one run.
 
-    python benchmarks/step_time.py --out benchmarks/results/step_time.json
+    python -m benchmarks.step_time --out benchmarks/results/step_time.json
+    python -m benchmarks.step_time --peers 1 --out benchmarks/results/step_time_peers.json        # with the extra [baselines]
 
 Two sets of tensors: the shapes of a 10 M-parameter transformer, and 60 small tensors. All optimizers live in one process
 and take turns; each turn's order is reversed every other round; ratios are medians over rounds of one round's times.
@@ -28,6 +29,7 @@ class Args:
     threads: int = 1                                    # torch threads
     seed: int = 0                                       # of parameters and gradients
     device: str = "cpu"                                 # "cpu" or "cuda"
+    peers: int = 0                                      # 1: bitsandbytes' and torchao's optimizers take turns too
     out: Path = Path("benchmarks/results/step_time.json")
 
 
@@ -41,6 +43,18 @@ def transformer_shapes(width: int = 512, depth: int = 3, vocabulary: int = 1024)
 def small_shapes() -> list[tuple[int, ...]]:
     """60 tensors of 32 to 4,096 entries."""
     return [(64, 64), (64,), (32, 32), (32,)] * 15
+
+
+def peers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
+    """Others' optimizers with compressed state."""
+    import bitsandbytes  # type: ignore[import-not-found]
+    import torchao.optim  # type: ignore[import-not-found]
+
+    return {
+        "bitsandbytes_8bit": lambda params: bitsandbytes.optim.AdamW8bit(params),
+        "torchao_8bit": lambda params: torchao.optim.AdamW8bit(params),
+        "torchao_4bit": lambda params: torchao.optim.AdamW4bit(params),
+    }
 
 
 def optimizers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
@@ -57,6 +71,8 @@ def optimizers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
         "mango_8_8": mango(8, 8),
         "mango_4_4": mango(4, 4),
         "mango_4_factored": mango(4, 0),
+        "mango_2_factored": mango(2, 0),
+        "mango_0_factored": mango(0, 0),
     }
 
 
@@ -67,7 +83,7 @@ def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, fl
     alive: dict[str, Optimizer] = {}
     first: dict[str, float] = {}
     bpp: dict[str, float] = {}
-    for name, build in optimizers().items():
+    for name, build in (optimizers() | (peers() if args.peers else {})).items():
         params = [torch.zeros(s, device=args.device, requires_grad=True) for s in shapes]
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient.clone()
@@ -75,7 +91,7 @@ def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, fl
         first[name] = timed(alive[name], 1, args.device)
         numel = sum(p.numel() for p in params)
         optimizer = alive[name]
-        bpp[name] = (optimizer.state_bytes() if isinstance(optimizer, MANGO) else 8 * numel) / numel
+        bpp[name] = stored_bytes(optimizer) / numel
     rounds: dict[str, list[float]] = {name: [] for name in alive}
     for number in range(args.rounds):
         for name in list(alive)[:: -1 if number % 2 else 1]:
@@ -92,6 +108,20 @@ def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, fl
         }
         for name, times in rounds.items()
     }
+
+
+def stored_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all state tensors; quantised tensors of others count with what is inside them."""
+    if isinstance(optimizer, MANGO):
+        return optimizer.state_bytes()
+
+    def size(tensor: Tensor) -> int:
+        inner = getattr(tensor, "tensor_attrs", None) or getattr(type(tensor), "tensor_attrs", None)
+        if inner:
+            return sum(size(getattr(tensor, name)) for name in inner)
+        return tensor.numel() * tensor.element_size()
+
+    return sum(size(t) for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
 
 
 def timed(optimizer: Optimizer, steps: int, device: str) -> float:

@@ -1,6 +1,6 @@
 """Which stored format of Muon's momentum keeps Muon's loss, at how many bytes per parameter.
 
-    MANGO_DATA=/work/shared/data python -m experiments.muon_formats --formats fp32,nf4,low8+nf4 --data source --seeds 0,1,2
+    python -m experiments.muon_formats --formats fp32,nf4,low8+nf4 --data source --seeds 0,1,2
 
 Trains a character transformer with Muon on its hidden matrices and AdamW elsewhere. After every step the momentum goes
 through a storage format and back; the update itself is taken before storing, as a compressed optimizer would. Runs are
@@ -13,9 +13,10 @@ A format is transforms joined by "+", the last one being the code of the values,
               "b<block>" after a code sets the block (default 64; 128 for sqrt8)
   transforms  low<r> (rank-r part kept apart in 8 bits, low<r>q in NF4; the rest is coded), col (columns divided by their rms),
               had (random signs and a Hadamard rotation within blocks of 64), cube (singular values to the power 1/3)
-  options     split (q, k, v orthogonalised apart), b<beta> (momentum), plain (not Nesterov's form), rms (update scale 0.2 sqrt(max(m, n))),
-              <layer kind>=<format> (that kind stored otherwise: qkv, o, up, down), then<fraction>=<format> (from that
-              fraction of the run on), rest4 (AdamW's m in NF4, its v factored), adamw (AdamW everywhere, fp32)
+  options     split (q, k, v orthogonalised apart), b<beta> (momentum), plain (not Nesterov's form),
+              rms (update scale 0.2 sqrt(max(m, n))), rest4 (AdamW's m in NF4, its v factored), adamw (AdamW everywhere),
+              <layer kind>=<format> (that kind stored otherwise: qkv, o, up, down),
+              then<fraction>=<format> (from that fraction of the run on)
 """
 
 import argparse
@@ -34,7 +35,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from benchmarks.record import stamp, write
-from mango.codecs import CODECS, NF4_LEVELS, from_blocks, safe, to_blocks
+from mango.blockwise import NF4_LEVELS
+from mango.codecs import CODECS, from_blocks, safe, to_blocks
 from mango_env.workloads.data import data_file
 from mango_env.workloads.text import SHAKESPEARE, SHAKESPEARE_SOURCE, LanguageModel, load_source, load_text
 
@@ -97,7 +99,8 @@ def code_values(x: Tensor, code: str, block: int | None, rng: Generator) -> tupl
         return torch.zeros_like(x), 0.0
     if code in ("sqrt8", "nf4sr", "tern"):
         codec = CODECS[{"sqrt8": "signed8", "nf4sr": "nf4", "tern": "ternary2"}[code]]
-        return codec.decode(codec.encode(x, None if code == "sqrt8" else rng)), codec.nbytes(tuple(x.shape)) / x.numel()
+        key = None if code == "sqrt8" else int(torch.randint(1 << 31, (), generator=rng))
+        return codec.decode(codec.encode(x, key)), codec.nbytes(tuple(x.shape)) / x.numel()
     block = block or 64
     blocks = to_blocks(x, block)
     scale = safe(blocks.abs().amax(1, keepdim=True).bfloat16().float())
@@ -117,8 +120,8 @@ def code_values(x: Tensor, code: str, block: int | None, rng: Generator) -> tupl
         half = 1 << (bits - 1)
         step = scale / (half - 0.5)
         if bits <= 3:                                                          # a narrower range beats a wider step
-            step = (blocks.square().mean(1, keepdim=True).sqrt() * {3: 2.2, 2: 1.5, 1: 0.9}[bits] / (half - 0.5)).bfloat16().float()
-            step = safe(step)
+            rms = blocks.square().mean(1, keepdim=True).sqrt()
+            step = safe((rms * {3: 2.2, 2: 1.5, 1: 0.9}[bits] / (half - 0.5)).bfloat16().float())
         dither = torch.rand(blocks.shape, generator=rng)                       # made again from a counter when decoding
         y = (blocks / step + dither).floor_().clamp_(-half, half - 1) + 0.5 - dither
         return from_blocks(y * step, tuple(x.shape)), size
@@ -144,7 +147,12 @@ def roundtrip(m: Tensor, name: str, memory: dict[str, Tensor], rng: Generator) -
     rows, columns = m.shape
     n = m.numel()
     if not rest:
-        code, block = re.fullmatch(r"([a-z]+(?:(?<=lin|dit)\d|(?<=lm)\d|(?<=nf)4|(?<=sqrt)8|(?<=fp)32|(?<=bf)16)?(?:sr)?)(?:b(\d+))?", name).groups()
+        found = re.fullmatch(
+            r"([a-z]+(?:(?<=lin|dit)\d|(?<=lm)\d|(?<=nf)4|(?<=sqrt)8|(?<=fp)32|(?<=bf)16)?(?:sr)?)(?:b(\d+))?", name
+        )
+        if found is None:
+            raise ValueError(f"unknown code {name!r}; see the module's docstring")
+        code, block = found.groups()
         return code_values(m, code, int(block) if block else None, rng)
     if first.startswith("low"):
         rank, factor_code = int(first[3:].removesuffix("q")), "nf4" if first.endswith("q") else "lin8"
@@ -195,7 +203,8 @@ def orthogonalise(u: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return (x.T if tall else x).float()
+    y: Tensor = (x.T if tall else x).float()
+    return y
 
 
 @dataclass
@@ -278,7 +287,7 @@ class Muon:
         return orthogonalise(u) * scale
 
     def _adamw(self, i: int, p: Tensor, lr: float) -> None:
-        b1, b2 = 0.9, 0.999 if "adamw" in self.plan.flags else 0.999
+        b1, b2 = 0.9, 0.999
         grad = p.grad
         assert grad is not None
         m, v = self.m[i].lerp_(grad, 1 - b1), self.v[i].lerp_(grad * grad, 1 - b2)
@@ -311,13 +320,14 @@ class Muon:
 
 def task(args: Args, seed: int, data: str) -> LanguageModel:
     text = load_source() if data == "source" else load_text(data_file(SHAKESPEARE, "shakespeare_lm", SHAKESPEARE_SOURCE))
-    return LanguageModel(text, seed, steps=args.steps, batch=args.batch, context=64, width=args.width, depth=args.depth, heads=4, lr=0.0)
+    sizes = {"steps": args.steps, "batch": args.batch, "width": args.width, "depth": args.depth}
+    return LanguageModel(text, seed, context=64, heads=4, lr=0.0, **sizes)
 
 
 @torch.no_grad()
 def evaluate(lm: LanguageModel, windows: int) -> float:
     starts = torch.linspace(0, len(lm._data.val) - 66, windows, dtype=torch.float64).long()
-    parts = lm._windows(lm._data.val, starts).split(64)
+    parts = torch.split(lm._windows(lm._data.val, starts), 64)
     return sum(float(lm._cross_entropy(part)) * len(part) for part in parts) / windows
 
 
@@ -384,8 +394,8 @@ def shadow(args: Args, names: list[str], data: str, lr: float, seed: int) -> dic
                 mine = state[name][i].lerp(grad, 0.05)
                 if step in looks:
                     update = exact.direction(kind, grad.lerp(mine, 0.95))
-                    rows[-1][name] = {"momentum_error": float((mine - m).norm() / m.norm()),
-                                      "update_cosine": float(F.cosine_similarity(update.flatten(), true.flatten(), 0))}  # fmt: skip
+                    cosine = F.cosine_similarity(update.flatten(), true.flatten(), 0)
+                    rows[-1][name] = {"momentum_error": float((mine - m).norm() / m.norm()), "update_cosine": float(cosine)}
                 state[name][i] = roundtrip(mine, plans[name].at(kind, step / args.steps), memory[name][i], rng)[0]
 
     descend(args, lm, exact, watch)
@@ -416,8 +426,8 @@ def train(args: Args) -> Path:
                     row = run(args, name, data, lr, seed)
                     runs.append(row)
                     save()
-                    print(f"{data:11s} {name:44s} lr {lr:<7g} seed {seed}  {row['momentum_bytes_per_param']:6.3f} B  "
-                          f"total {row['state_bytes_per_param']:6.3f} B  val {row['val_loss']:.4f}  {row['seconds']} s", flush=True)  # fmt: skip
+                    print(f"{data:11s} {name:44s} lr {lr:<7g} seed {seed}  {row['momentum_bytes_per_param']:6.3f} B"
+                          f"  total {row['state_bytes_per_param']:6.3f} B  val {row['val_loss']:.4f}", flush=True)  # fmt: skip
     return args.out
 
 

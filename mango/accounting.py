@@ -71,13 +71,32 @@ def memory_report(
     return report | {"layers": rows}
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak bytes allocated on a CUDA device; elsewhere the peak resident bytes of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    import resource
+@dataclass(slots=True)
+class PeakMemory:
+    """Peak bytes allocated on a CUDA device, of an interval and ever; elsewhere the process's, and there are no intervals."""
 
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    device: torch.device
+    before: int = 0                          # of the intervals that are over
+
+    def ever(self) -> float:
+        """Bytes since this was made, or since the start of the process."""
+        if self.device.type == "cuda":
+            return float(max(self.before, torch.cuda.max_memory_allocated(self.device)))
+        import resource
+
+        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def share(self) -> float:
+        """Peak of this interval as a share of the device's memory; 0 without one."""
+        if self.device.type != "cuda":
+            return 0.0
+        return torch.cuda.max_memory_allocated(self.device) / torch.cuda.get_device_properties(self.device).total_memory
+
+    def start_interval(self) -> None:
+        """Count from here on. torch's counter is reset, so its reading until now is kept here."""
+        if self.device.type == "cuda":
+            self.before = max(self.before, torch.cuda.max_memory_allocated(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def prevailing(layers: Sequence[Layer], configs: Sequence[CompressionConfig]) -> dict[str, Any]:

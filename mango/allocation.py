@@ -10,6 +10,7 @@ from mango.budget import MemoryBudget
 from mango.codecs import Shape
 from mango.config import CompressionConfig, Ladder
 from mango.layers import Layer
+from mango.paging import Pager
 from mango.policies import Choice, WaterFillingPolicy
 from mango.policy_choice import proposals, rung_scores
 from mango.state import StorageOptions, predicted_bytes
@@ -25,15 +26,21 @@ class Allocator:
 
     def __init__(
         self, layers: Sequence[Layer], ladder: Ladder, options: StorageOptions, budget: MemoryBudget,
-        shapes: Sequence[Shape | None] | None = None,
+        shapes: Sequence[Shape | None] | None = None, pager: Pager | None = None,
     ) -> None:  # fmt: skip
         """`shapes`: of what is kept here of each layer, where that is not all of it; None: nothing."""
         self.layers, self.ladder, self.options, self.budget = layers, ladder, options, budget
         self.shapes = [layer.shape for layer in layers] if shapes is None else shapes
+        self.pager = Pager(None, torch.device("cpu")) if pager is None else pager
         self.rung_bytes = torch.tensor(                                              # (L, R)
             [self.nbytes([rung] * len(layers)) for rung in ladder], dtype=torch.int64
         ).reshape(len(ladder), len(layers)).T.contiguous()
-        budget.require(int(self.rung_bytes.min(1).values.sum()) if layers else 0)
+        self.require()
+
+    def require(self) -> None:
+        """Raise ValueError unless the layers at their cheapest fit."""
+        least = self.pager.least_room(self.rung_bytes.min(1).values.tolist(), self.budget.paged)
+        self.budget.require(least + self.budget.paged)
 
     def nbytes(self, configs: Sequence[CompressionConfig]) -> list[int]:
         """State bytes of each layer under its config."""
@@ -43,12 +50,31 @@ class Allocator:
         ]
 
     def fits(self, configs: Sequence[CompressionConfig]) -> bool:
-        return sum(self.nbytes(configs)) <= self.budget.available
+        nbytes = self.nbytes(configs)
+        return sum(nbytes) <= self.budget.available and self._excess(nbytes) <= 0
+
+    def _excess(self, nbytes: Sequence[int]) -> int:
+        """Bytes too many for the memory or for the pages, where layers are in one of them as a whole."""
+        return self.pager.excess(nbytes, self.budget.total - self.budget.fixed, self.budget.paged)
 
     def resolve(
         self, choice: Choice, in_force: Sequence[CompressionConfig], observe: Callable[[], Tensor]
     ) -> list[CompressionConfig]:
         """One config per layer within the budget. `observe` gives (L, 64) where it takes estimates of error to decide."""
+        least = int(self.rung_bytes.min(1).values.sum())
+        try:
+            while True:
+                configs = self._resolve(choice, in_force, observe)
+                over = self._excess(self.nbytes(configs))
+                if over <= 0 or choice is None:
+                    return configs
+                self.budget.unusable += min(over, max(1, self.budget.available - least))
+        finally:
+            self.budget.unusable = 0
+
+    def _resolve(
+        self, choice: Choice, in_force: Sequence[CompressionConfig], observe: Callable[[], Tensor]
+    ) -> list[CompressionConfig]:
         if choice is None or not self.layers:
             return list(in_force)
         scores = rung_scores(choice, len(self.layers), len(self.ladder))

@@ -146,7 +146,7 @@ class LogNormal6:
     """
 
     name: str = "lognormal6"
-    block: int = 64                                                                # values sharing a bfloat16 scale and a uint8 span
+    block: int = 64                                                                # values sharing a bfloat16 scale, a uint8 span
 
     def encode(self, x: Tensor, key: int | None = None) -> Encoded:
         blocks = to_blocks(x, self.block)                                          # (B, block)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNLIMITED = 1 << 62                           # bytes, where there is no limit
 FREE_SHARE = 0.5                              # of the free memory, where no budget is given
 SAMPLE = 256                                  # layers that tell the price to look at in a knapsack of more
 ROUNDS = 8                                    # over the steps after the first that did not fit, before they are all sorted
@@ -28,7 +29,9 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def parse_budget(budget: int | float | str | None, adamw_bytes: int, device: torch.device | None = None) -> int:
+def parse_budget(
+    budget: int | float | str | None, adamw_bytes: int, device: torch.device | None = None, name: str = "memory_budget"
+) -> int:
     """A budget in bytes. int: bytes; str: "6GiB"; float: fraction of AdamW's state bytes; None: half the free memory.
 
     >>> parse_budget("64KiB", 0), parse_budget(0.25, 1000), parse_budget(123, 0)
@@ -41,10 +44,10 @@ def parse_budget(budget: int | float | str | None, adamw_bytes: int, device: tor
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", budget)
         if match is None or match[2].lower() not in UNITS:
-            raise ValueError(f"memory_budget={budget!r} is no size; give {allowed}, units {', '.join(UNITS)}")
+            raise ValueError(f"{name}={budget!r} is no size; give {allowed}, units {', '.join(UNITS)}")
         return int(float(match[1]) * UNITS[match[2].lower()])
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
-        raise ValueError(f"memory_budget={budget!r} is no positive amount; give {allowed}")
+        raise ValueError(f"{name}={budget!r} is no positive amount; give {allowed}")
     return budget if isinstance(budget, int) else int(budget * adamw_bytes)
 
 
@@ -54,18 +57,26 @@ class MemoryBudget:
     `fixed` bytes (tensors too small to be layers, statistics) are spent before any layer gets its choice.
     """
 
-    def __init__(self, total: int, fixed: int = 0) -> None:
+    def __init__(self, total: int, fixed: int = 0, paged: int = 0) -> None:
         self.total = total
         self.fixed = fixed
+        self.paged = paged                                   # bytes that layers may take elsewhere, beyond the total
+        self.unusable = 0                                    # bytes left over where no layer fits: none is split in two
         self.price = 0.0                                     # score given up per byte at the margin of the last allocation
 
     @property
+    def room(self) -> int:
+        """All bytes that there are; unlimited pages count as much as the budget beside them."""
+        return self.total + (self.paged if self.paged < UNLIMITED else self.total)
+
+    @property
     def available(self) -> int:
-        return self.total - self.fixed
+        return self.total + self.paged - self.fixed - self.unusable
 
     def require(self, least: int) -> None:
         """Raise ValueError unless `least` bytes for all layers, beside the fixed ones, fit."""
         if least > self.available:
+            least += self.unusable - self.paged
             raise ValueError(
                 f"memory_budget of {self.total:,} bytes is impossible: the least feasible is {least + self.fixed:,} bytes"
                 f" ({least:,} for the layers at their cheapest, {self.fixed:,} for small tensors and statistics)"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mango.accounting import Usage
 from mango.config import CompressionConfig
+from mango.master import refit
 from mango.state import TensorState
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def save(optimizer: "MANGO", plain: dict[str, Any]) -> dict[str, Any]:
     """Complete what torch's own `state_dict` gave: states flattened, and under "mango" what belongs to no one tensor."""
+    optimizer.pager.settle()
     plain["state"] = {i: state["tensor"].to_plain() for i, state in plain["state"].items()}
     inner = getattr(optimizer.policy, "state_dict", None)
     plain["mango"] = {
@@ -23,11 +25,12 @@ def save(optimizer: "MANGO", plain: dict[str, Any]) -> dict[str, Any]:
         "statistics": optimizer.statistics.state_dict(), "policy": inner() if inner is not None else None,
         "held": optimizer.held.state_dict() if optimizer.held is not None else None,
     }  # fmt: skip
-    return plain
+    return optimizer.ranks.wrap(plain)
 
 
-def check(optimizer: "MANGO", state_dict: Mapping[str, Any]) -> None:
-    """ValueError unless the state dict fits the optimizer: nothing is changed before that is known."""
+def check(optimizer: "MANGO", state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict, as it was before `save` filed it by rank. ValueError unless it fits: before anything is changed."""
+    state_dict = optimizer.ranks.unwrap(state_dict)
     if "mango" not in state_dict:
         raise ValueError(f"this state dict is not MANGO's: it has {sorted(state_dict)}, and no 'mango'")
     layers = len(state_dict["mango"]["applied"])
@@ -40,6 +43,7 @@ def check(optimizer: "MANGO", state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"{target.name} has shape {own}; the state saved for it is of shape {saved}")
         if flat["rule"] != target.rule:
             raise ValueError(f"{target.name} is moved by the rule {target.rule}; the state saved for it is of {flat['rule']}")
+    return state_dict
 
 
 def restore(optimizer: "MANGO", state_dict: Mapping[str, Any]) -> None:
@@ -55,10 +59,13 @@ def restore(optimizer: "MANGO", state_dict: Mapping[str, Any]) -> None:
     optimizer.statistics.load_state_dict(mine["statistics"])
     if optimizer.budget_asked is None:                       # a share of what was free then, not of what is free now
         optimizer.budget.total = mine["budget"]
+    optimizer._page()
     for i, flat in state_dict["state"].items():
         target = optimizer.targets[int(i)]
         state = TensorState.from_plain(flat, optimizer.options, target.local.device)
+        state.correction = refit(state.correction, target.local, optimizer.master_bits)
         state.transcode(state.config, optimizer.key_of(target))      # nothing to do unless the options differ
+        optimizer.pager.adopt(state, target.layer)
         optimizer.state[target.param]["tensor"] = state
     optimizer.new_fused()
     if optimizer.held is not None:

@@ -43,6 +43,11 @@ class Encoded:
     def device(self) -> torch.device:
         return next(iter(self.parts.values())).device
 
+    def to(self, device: torch.device) -> "Encoded":
+        """A copy on the device, without waiting where the source is pinned."""
+        parts = {name: part.to(device, non_blocking=True, copy=True) for name, part in self.parts.items()}
+        return Encoded(self.codec, self.shape, parts)
+
     def decode(self) -> Tensor:
         """The dense float32 tensor. A `float32` encoding gives its own storage, anything else a new tensor."""
         if native.takes(self.codec, next(iter(self.parts.values()))):

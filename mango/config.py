@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 KNOBS_VERSION = 2                                        # files carry it; loading compares it
@@ -173,23 +174,6 @@ class Ladder:
         return cls(tuple(CompressionConfig.from_dict(rung) for rung in json.loads(text)))
 
 
-def _rung(momentum_bits: int, variance_bits: int) -> CompressionConfig:
-    return CompressionConfig(momentum_bits=momentum_bits, variance_bits=variance_bits)
-
-
-# Ordered by bytes per parameter of a 512 x 512 matrix; `benchmarks/ladder.py` measures bytes and update error of each.
-LADDER = Ladder(
-    (
-        CompressionConfig(rank=1, factor_bits_p=8, factor_bits_q=8, variance_bits=0),
-        CompressionConfig(rank=8, factor_bits_p=4, factor_bits_q=4, variance_bits=0),
-        _rung(2, 0),
-        _rung(4, 0),
-        _rung(8, 0),
-        _rung(4, 4),
-        _rung(8, 4),
-        _rung(8, 8),
-        _rung(16, 8),
-        _rung(16, 16),
-        _rung(32, 32),
-    )
-)
+# Ordered by bytes per parameter of a 512 x 512 matrix; measured, chosen and written by `benchmarks/ladder.py`.
+_TABLE = json.loads(Path(__file__).with_name("ladder.json").read_text(encoding="utf-8"))
+LADDER = Ladder(tuple(CompressionConfig.from_dict(rung["config"]) for rung in _TABLE["rungs"]))

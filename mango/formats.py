@@ -35,16 +35,24 @@ class Sparse:
     def encode(self, x: Tensor, key: int | None = None) -> Encoded:
         flat = x.detach().reshape(-1)
         n, k = flat.numel(), self.kept(flat.numel())
-        order = flat.abs().argsort(descending=True, stable=True)[:k].sort().values  # (k,)
-        inner = encode(self.inner, flat[order], key)
-        parts = {f"{key}": part for key, part in inner.parts.items()}
+        chosen = self._largest(flat, k)                                            # (n,)
+        places = chosen.nonzero()[:, 0]                                            # (k,) rising
+        parts = dict(encode(self.inner, flat[places], key).parts)
         if self._mask_is_smaller(n, k):
-            mask = torch.zeros(n, dtype=torch.uint8, device=x.device)
-            mask[order] = 1
-            parts["mask"] = pack(mask, 1)
+            parts["mask"] = pack(chosen.to(torch.uint8), 1)
         else:
-            parts["indices"] = self._pack_indices(order, index_bits(n))
+            parts["indices"] = self._pack_indices(places, index_bits(n))
         return Encoded(self.name, tuple(x.shape), parts)
+
+    @staticmethod
+    def _largest(flat: Tensor, k: int) -> Tensor:
+        """Which entries are the `k` largest in absolute value: (n,) bool. A selection, not a sort; nan counts as infinite."""
+        if k == flat.numel():
+            return torch.ones_like(flat, dtype=torch.bool)
+        size = flat.abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        least = size.kthvalue(size.numel() - k + 1).values                         # of those that are kept
+        more, equal = size > least, size == least
+        return more | (equal & (equal.cumsum(0) <= k - more.sum()))
 
     def decode(self, enc: Encoded) -> Tensor:
         n = math.prod(enc.shape)

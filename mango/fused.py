@@ -114,7 +114,7 @@ class FusedUpdate:
         known: dict[tuple[int, str, bool], tuple[float, ...]] = {}
         numbers = []
         for w in work:
-            rule, keeps = w.state.rule, w.state.config.has_momentum
+            rule, keeps = w.state.rule, w.state.has_momentum
             place = (id(w.target.group), rule, keeps)
             if place not in known:
                 hyper = Hyper.of(w.target.group, rule)

@@ -29,6 +29,15 @@ def new_correction(param: Tensor, master_bits: int) -> Tensor | None:
     return torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
+def refit(correction: Tensor | None, param: Tensor, master_bits: int) -> Tensor | None:
+    """A loaded correction, made by a parameter of another dtype or with other `master_bits`, as this parameter needs it."""
+    wanted = new_correction(param, master_bits)
+    if wanted is None or correction is None or correction.dtype == wanted.dtype:
+        return None if wanted is None else wanted if correction is None else correction
+    narrowed = ((correction.int() + 128) >> 8).clamp_(max=127)
+    return wanted.copy_(narrowed if wanted.dtype == torch.int8 else correction.int() * 256)
+
+
 def join(param: Tensor, correction: Tensor | None) -> Tensor:
     """The parameter in float32 (float64 stays). float32 and float64 parameters are given themselves, to be updated in place."""
     if param.dtype in (torch.float32, torch.float64):
@@ -49,10 +58,8 @@ def store(dense: Tensor, param: Tensor, correction: Tensor | None, key: int) -> 
     elif correction is None:
         param.detach().copy_(BFloat16().encode(dense, noise.split(key, noise.PARAM)).parts["values"])
     else:
-        rounded = dense.bfloat16()
-        rest = dense.view(torch.int32) - rounded.float().view(torch.int32)
-        if correction.dtype == torch.int8:
-            correction.copy_(((rest + 128) >> 8).clamp_(max=127))
-        else:
-            correction.copy_(rest.clamp_(max=32767))
-        param.detach().copy_(rounded)
+        whole = dense.view(torch.int32)
+        upper = (whole + 0x8000) & -65536                    # halves away from zero: every rest fits into 16 bits
+        rest = whole - upper
+        correction.copy_(((rest + 128) >> 8).clamp_(max=127) if correction.dtype == torch.int8 else rest)
+        param.detach().copy_(upper.view(torch.float32))

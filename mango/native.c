@@ -569,10 +569,11 @@ static void store_param(const Job *job, int64_t start, int64_t entries, const fl
     } else {
         uint16_t *out = (uint16_t *)job->param + start;
         for (int64_t j = 0; j < entries; j++) {
-            out[j] = float_bf16(p[j]);
-            int32_t rest = (int32_t)(float_bits(p[j]) - ((uint32_t)out[j] << 16));
+            uint32_t whole = float_bits(p[j]);
+            out[j] = (uint16_t)((whole + 0x8000u) >> 16);                 /* halves away from zero: every rest fits into 16 bits */
+            int32_t rest = (int32_t)(whole - ((uint32_t)out[j] << 16));
             if (job->correction_bits == 16) {
-                ((int16_t *)job->correction)[start + j] = (int16_t)(rest > 32767 ? 32767 : rest);
+                ((int16_t *)job->correction)[start + j] = (int16_t)rest;
             } else {
                 int32_t byte = (rest + 128) >> 8;
                 ((int8_t *)job->correction)[start + j] = (int8_t)(byte > 127 ? 127 : byte);
@@ -712,18 +713,21 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
     }
 }
 
-/* sum of squares of entries start .. stop of the gradient; with `columns` also by row and by column */
+/* sum of squares of entries start .. stop of the gradient; with `columns` also by row and by column, coupled weight decay in it */
 static double square_sums(const Job *job, int64_t start, int64_t stop, float *rows, float *columns) {
-    ALIGNED float g[BLOCK];
+    ALIGNED float g[BLOCK], p[BLOCK];
+    const float coupled = columns && job->rule == ADAM ? (float)job->weight_decay : 0.0f;
     double total = 0;
     for (int64_t at = start; at < stop; at += BLOCK) {
         int64_t entries = stop - at < BLOCK ? stop - at : BLOCK;
         load_gradient(job, at, entries, g);
         float sum = 0;
-        if (!columns) {
-            _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < BLOCK; j++) sum += g[j] * g[j];
-            total += sum;
-            continue;
+        _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < BLOCK; j++) sum += g[j] * g[j];
+        total += sum;
+        if (!columns) continue;
+        if (coupled != 0) {
+            load_param(job, at, entries, p);
+            SIMD for (int j = 0; j < BLOCK; j++) g[j] += coupled * p[j];
         }
         for (int64_t from = 0; from < entries;) {
             int64_t r = (at + from) / job->columns, c = (at + from) % job->columns;
@@ -731,7 +735,7 @@ static double square_sums(const Job *job, int64_t start, int64_t stop, float *ro
             float *into = columns + c - from;
             sum = 0;
             _Pragma("omp simd reduction(+ : sum)") for (int64_t j = from; j < to; j++) { float s = g[j] * g[j]; sum += s; into[j] += s; }
-            rows[r] += sum; total += sum;
+            rows[r] += sum;
             from = to;
         }
     }

@@ -40,8 +40,8 @@ FORMAT_NONE = 9                                              # where a moment is
 RULES = {"adamw": 0, "adam": 1, "sgd": 2, "lion": 3}
 PARAM_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 JOB = np.dtype(                                              # the struct Job of native.c
-    [(name, "i8") for name in ("numel", "columns", "param", "grad", "correction", "m_codes", "m_scale", "m_low", "v_codes", "v_scale",
-                               "v_low", "sample_mean", "sample_square", "sample_previous", "cosine", "sample_stride",
+    [(name, "i8") for name in ("numel", "columns", "param", "grad", "correction", "m_codes", "m_scale", "m_low", "v_codes",
+                               "v_scale", "v_low", "sample_mean", "sample_square", "sample_previous", "cosine", "sample_stride",
                                "sample_count")]
     + [(name, "f8") for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "correction1", "correction2", "scale",
                                  "window", "grad_sq", "moved_sq", "param_sq", "momentum_sq", "momentum_grad")]

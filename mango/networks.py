@@ -30,7 +30,7 @@ _SPARSITY_EDGE = 4.0                                     # |logit| from here on 
 class PolicyOutput(NamedTuple):
     """What the network says about B layers, or about T steps of each."""
 
-    knob_logits: Tensor                                  # (B, 33) or (B, T, 33): `NVEC` side by side
+    knob_logits: Tensor                                  # (B, 34) or (B, T, 34): `NVEC` side by side
     rung_logits: Tensor                                  # (B, R) or (B, T, R)
     value: Tensor                                        # (B,) or (B, T)
     state: State | None                                  # to carry to the next call; None for a trunk without memory

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 _MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 BLOCK = 256                                                  # positions that share a base; their halves share a hash
-MOMENTUM, VARIANCE, PARAM, RESIDUAL, GRADIENT, PROJECTOR, SKETCH = range(1, 8)  # what a key is split for
+MOMENTUM, VARIANCE, PARAM, RESIDUAL, GRADIENT, PROJECTOR, SKETCH, REFERENCE = range(1, 9)  # what a key is split for
 
 
 def _mix(x: int) -> int:

@@ -5,6 +5,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -13,21 +14,21 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from mango import checkpoint, master, native, noise
-from mango.accounting import Usage, memory_report, peak_memory, prevailing
+from mango.accounting import PeakMemory, Usage
 from mango.allocation import Allocator, released
-from mango.budget import MemoryBudget, parse_budget
 from mango.codecs import safe
 from mango.config import FULL, LADDER, CompressionConfig, Ladder
-from mango.formats import SIGNED
 from mango.fused import FusedUpdate, Work
 from mango.layers import Layer, describe
 from mango.loss_track import LossTrack
 from mango.master import MASTER_BITS, correction_bytes, new_correction
-from mango.policies import Choice, FixedPolicy, Policy, ScoringPolicy, WaterFillingPolicy
+from mango.memory import Budgeted
+from mango.paging import Pager
+from mango.policies import Choice, Policy, ScoringPolicy, WaterFillingPolicy
 from mango.policy_choice import as_policy
 from mango.probing import Window, probe_dense, probe_fused, window_of
 from mango.ranks import Ranks, clip_grad_norm
-from mango.release import HeldGradients, Releasing
+from mango.release import HeldGradients
 from mango.rules import Hyper, check_hyper, check_positive, rule_for
 from mango.state import Compressor, StorageOptions, Target, TensorState, dense_gradient, predicted_bytes
 from mango.statistics import Context, GradientStatistics
@@ -47,7 +48,7 @@ class Decision:
     loss: float                              # mean since the last decision; nan where no loss was observed
 
 
-class MANGO(Releasing):
+class MANGO(Budgeted):
     """AdamW with compressed state under a byte budget. At full precision it is torch.optim.AdamW.
 
     Every tensor of `min_numel` entries or more is a layer with its own `CompressionConfig`; smaller ones stay at full
@@ -61,12 +62,18 @@ class MANGO(Releasing):
         policy: a shipped name, a path to a frozen policy, a name in `mango.policies.POLICIES`, a `CompressionConfig`,
             a dict of knobs, or an object with `act(obs)` or `scores(obs)`. None: water-filling.
         policy_net: the older spelling of `policy`.
-        error_feedback: carry the error of biased gradient compression over to the next step, at `residual_bits`.
+        error_feedback: carry the error of biased gradient compression over to the next step, at `residual_bits`. "ef21",
+            "marina": apply an estimate that moves by compressed differences; the latter is exact every `exact_every` steps.
+        feedback_threshold: feed the error back only while its norm is at least so many times the gradient's; inf: never.
+        momentum_correction: apply momentum before the gradient is compressed, none after it (for sparse gradients).
         rule: "adamw", "adam", "sgd" (with momentum), "lion", or "muon" (hidden matrices; AdamW moves the rest). A group may
             have its own.
         momentum: of "sgd" and "muon"; None: 0.9.
         matrix_lr_scale: of Muon's matrices, whose learning rate is `lr` times this: updates are of AdamW's size at 1.
         master_bits: of bfloat16 parameters. 16: rounded by chance; 24, 32: with a correction of 8 or 16 bits beside them.
+        page_to: where state goes that exceeds `memory_budget`: a folder (as a mapped file without a name), or "pinned" (host
+            memory, with parameters on a CUDA device). The biggest layers go first. None: nowhere, it is compressed to fit.
+        page_budget: how much may go there, as `memory_budget` (None: any amount).
         total_steps: length of training, for the policy's sense of progress.
         release_gradients: encode each gradient as backward produces it and drop `p.grad`.
         compressor: an object with `compress(tensor, bits, sparsity_ratio)`, in place of the gradient codecs.
@@ -97,7 +104,7 @@ class MANGO(Releasing):
         weight_decay: float = 0,
         memory_budget: int | float | str | None = None,
         policy_net: Any = None,
-        error_feedback: bool = True,
+        error_feedback: bool | str = True,
         policy_update_freq: int = 100,
         *,
         policy: Any = None,
@@ -113,15 +120,18 @@ class MANGO(Releasing):
         momentum: float | None = None,
         matrix_lr_scale: float = 1.0,
         master_bits: int = 16,
+        page_to: str | Path | None = None,
+        page_budget: int | float | str | None = None,
         strict: bool = False,
         shard: Any = False,
         process_group: Any = None,
+        feedback_threshold: float = 0.0,
+        momentum_correction: bool = False,
+        exact_every: int = 10,
     ) -> None:
         check_positive(policy_update_freq=policy_update_freq, min_numel=min_numel)
         if master_bits not in MASTER_BITS:
             raise ValueError(f"master_bits={master_bits!r} is not on the menu {tuple(MASTER_BITS)}")
-        if residual_bits not in SIGNED:
-            raise ValueError(f"residual_bits={residual_bits} is not on the menu {tuple(SIGNED)}")
         if policy is not None and policy_net is not None:
             raise ValueError("give policy or policy_net (its older spelling), not both")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
@@ -130,27 +140,23 @@ class MANGO(Releasing):
         self.targets: list[Target] = []
         super().__init__(params, defaults)
         self.policy_update_freq, self.total_steps, self.min_numel = policy_update_freq, total_steps, min_numel
-        self.options = StorageOptions(error_feedback, residual_bits, release_gradients, compressor)
+        modes = (feedback_threshold, momentum_correction, exact_every)
+        self.options = StorageOptions(error_feedback, residual_bits, release_gradients, compressor, *modes)
         self.seed, self.master_bits, self.strict = seed, master_bits, strict
         if strict and self._device().type == "cpu":
             native.load(strict=True)
         self.ladder = released(ladder) if release_gradients else ladder
         self.policy: Policy | ScoringPolicy = as_policy(policy if policy is not None else policy_net, self.ladder)
-        self.steps = 0
-        self.skipped = 0
-        self.budget_asked = memory_budget
-        self.peak_lr = 0.0
+        self.steps, self.skipped, self._policy_failed = 0, 0, False
+        self.budget_asked, self.page_budget_asked, self.peak_lr = memory_budget, page_budget, 0.0
+        if page_budget is not None and page_to is None:
+            raise ValueError("page_budget says how much may be paged; say where to with page_to")
+        self.pager, self.peak = Pager(page_to, self._device()), PeakMemory(self._device())
         self.held = HeldGradients(self._state, self.key_of) if release_gradients else None
-        self.losses = LossTrack()
-        self.usage = Usage()
+        self.losses, self.usage = LossTrack(), Usage()
         self._decision_hooks: OrderedDict[int, Callable[[Decision], None]] = OrderedDict()  # a plain dict takes no weak reference
-        self._policy_failed = False
         self.ranks = Ranks.of([p for g in self.param_groups for p in g["params"]], process_group, shard)
         self._set_up()
-
-    def _device(self) -> torch.device:
-        first: Tensor | None = next((param for group in self.param_groups for param in group["params"]), None)
-        return torch.device("cpu") if first is None else first.device
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Layers are counted anew, so statistics start over; states and their configs stay."""
@@ -181,15 +187,14 @@ class MANGO(Releasing):
         kept = [(t, t.planned) for t in self.targets if t.planned is not None]
         small = sum(predicted_bytes(shape, FULL, self.options, t.rule) for t, shape in kept if t.layer is None)
         small += sum(correction_bytes(t.param, shape, self.master_bits) for t, shape in kept)
-        total = parse_budget(self.budget_asked, self.adamw_bytes, self._device())
-        total = self.ranks.least(total) if self.budget_asked is None else total
-        self.budget = MemoryBudget(total, small + self.statistics.nbytes)
-        self.allocator = Allocator(self.layers, self.ladder, self.options, self.budget, [t.planned for t in members])
+        self.budget = self._new_budget(small + self.statistics.nbytes)
+        self.allocator = Allocator(self.layers, self.ladder, self.options, self.budget, [t.planned for t in members], self.pager)
         self.applied: list[CompressionConfig] = [known.get(t.param, getattr(self.policy, "initial", FULL)) for t in members]
         if not known:
             self.applied = self.ranks.agree(self._initial())
         elif not self.ranks.all(self.allocator.fits(self.applied)):
             self.apply(self.applied)
+        self._page()
         if self.held is not None:
             self.held.watch(self.targets)
 
@@ -210,14 +215,9 @@ class MANGO(Releasing):
     def _initial(self) -> list[CompressionConfig]:
         asked = getattr(self.policy, "initial", FULL)
         wanted = [asked] * len(self.layers)
-        needed = sum(self.allocator.nbytes(wanted))
-        if needed <= self.budget.available:
+        if self.allocator.fits(wanted):
             return wanted
-        if isinstance(self.policy, FixedPolicy):
-            raise ValueError(
-                f"fixed config {asked.name!r} needs {needed + self.budget.fixed:,} bytes, more than the memory_budget of"
-                f" {self.budget.total:,}; choose a smaller config or policy=None (water-filling)"
-            )
+        self.check_fixed(wanted)
         scores = WaterFillingPolicy(ladder=self.ladder).scores(self.observe(wanted))
         return self.allocator.resolve(scores, wanted, self.observe)
 
@@ -270,14 +270,14 @@ class MANGO(Releasing):
         if not coded and FusedUpdate.covers(target, state) and FusedUpdate.accepts(gradient):
             return Work(target, state, gradient, True, _NO_ERROR)
         norm = torch.linalg.vector_norm(gradient.float())
-        if not math.isfinite(norm):
+        if not math.isfinite(norm.square()):                            # what its second moment could not hold neither
             self.skipped += 1
             return None
         if target.layer is not None:
             self.statistics.take(target.layer, gradient, norm)
         if not coded:
             return Work(target, state, gradient.float(), False, _NO_ERROR)
-        applied = state.compress_gradient(gradient, self.key_of(target))
+        applied = state.compress_gradient(gradient, self.key_of(target), Hyper.of(target.group, state.rule))
         return Work(target, state, applied, False, (gradient.float() - applied).norm() / safe(norm.float()))
 
     def update_parameters(self, work: Sequence[Work]) -> None:
@@ -291,8 +291,10 @@ class MANGO(Releasing):
         windows = {w.target: window_of(w.state) for w in fused if due == 0 and w.target.layer is not None}
         if fused:
             self._update_fused(fused, windows, measure)
-        for w in alone:
+        for i, w in enumerate(alone):
+            self.pager.prefetch([following.state for following in alone[i + 1 : i + 2]])
             self.update_parameter(w, measure, probe=due == 0)
+        self.pager.settle()
 
     def _update_fused(self, work: Sequence[Work], windows: Mapping[Target, Window], measure: bool) -> None:
         moves = self.fused.run(work, self.steps, measure)
@@ -332,13 +334,15 @@ class MANGO(Releasing):
 
     def _state(self, target: Target) -> TensorState:
         """The tensor's state, made when its first gradient comes."""
-        slot = self.state[target.param]
-        if "tensor" not in slot:
-            config = FULL if target.layer is None else self.applied[target.layer]
-            slot["tensor"] = TensorState(tuple(target.local.shape), config, self.options, target.rule)
-            slot["tensor"].create(target.local.device)
-            slot["tensor"].correction = new_correction(target.local, self.master_bits)
-        state: TensorState = slot["tensor"]
+        known: TensorState | None = self.state.get(target.param, {}).get("tensor")
+        if known is not None:
+            return known
+        config = FULL if target.layer is None else self.applied[target.layer]
+        state = TensorState(tuple(target.local.shape), config, self.options, target.rule)
+        self.pager.adopt(state, target.layer)
+        state.create(target.local.device)
+        state.correction = new_correction(target.local, self.master_bits)
+        self.state[target.param]["tensor"] = state
         return state
 
     @torch.no_grad()
@@ -359,25 +363,20 @@ class MANGO(Releasing):
         peak = max(self.peak_lr, lr)
         used = self.allocator.nbytes(configs)
         return self.statistics.features(Context(
-            configs, used, self._numel, sum(used) + self.budget.fixed, self.budget.total,
+            configs, used, self._numel, sum(used) + self.budget.fixed, self.budget.room,
             price=self.budget.price,
             progress=self.steps / self.total_steps if self.total_steps else 0.0,
             loss=self.losses.mean, loss_slope=self.losses.slope,
-            lr=lr, lr_ratio=lr / peak if peak else 1.0, peak_memory=self._peak_memory(),
+            lr=lr, lr_ratio=lr / peak if peak else 1.0, peak_memory=self.peak.share(),
         ), summary)  # fmt: skip
 
     collect_features = observe
-
-    def _peak_memory(self) -> float:
-        device = self._device()
-        if device.type != "cuda":
-            return 0.0
-        return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
 
     def _decide(self) -> None:
         mean = self.losses.close_interval()
         observation = self.ranks.rows(self.observe(summary=self.ranks.merge(self.statistics)))
         self.peak_lr = max(self.peak_lr, float(self.param_groups[0]["lr"]))
+        self.peak.start_interval()
         if self.layers:
             self.apply(self._ask(observation), observation)
         decision = Decision(self.steps, observation, list(self.applied), self.layer_bytes(), self.layer_errors(), mean)
@@ -411,70 +410,22 @@ class MANGO(Releasing):
         """
         seen = self.observe if observation is None else lambda: observation
         wanted = self.ranks.agree(self.allocator.resolve(choice, self.applied, seen))
-        self.usage.changes += sum(old != new for old, new in zip(self.applied, wanted, strict=True))
         now = self.allocator.nbytes(self.applied)
         after = self.allocator.nbytes(wanted)
         members = [target for target in self.targets if target.layer is not None]
-        self.applied = wanted
-        for i in sorted(range(len(members)), key=lambda i: after[i] - now[i]):
-            slot = self.state.get(members[i].param)
-            if slot and slot["tensor"].config != wanted[i]:
-                slot["tensor"].transcode(wanted[i], self.key_of(members[i]))
+        states = self.kept_layers()
+        with self.pager.moved(after, self.budget.total - self.budget.fixed, states):
+            self.usage.changes += sum(old != new for old, new in zip(self.applied, wanted, strict=True))
+            self.applied = wanted
+            for i in sorted(range(len(members)), key=lambda i: after[i] - now[i]):
+                state = states[i]
+                if state is not None and state.config != wanted[i]:
+                    state.transcode(wanted[i], self.key_of(members[i]))
         return list(wanted)
-
-    @property
-    def memory_budget(self) -> int:
-        """Bytes that all stored state may take."""
-        return self.budget.total
-
-    @property
-    def adamw_bytes(self) -> int:
-        """What AdamW's two float32 moments would take: 8 bytes per parameter."""
-        return 8 * self._numel
-
-    def planned_bytes(self) -> int:
-        """Bytes under the configs in force once every tensor has seen a gradient; `state_bytes` never exceeds it."""
-        return sum(self.allocator.nbytes(self.applied)) + self.budget.fixed
-
-    def layer_bytes(self) -> Tensor:
-        """State bytes of each layer under the configs in force: (L,) int64."""
-        return torch.tensor(self.allocator.nbytes(self.applied), dtype=torch.int64)
-
-    def layer_errors(self) -> Tensor:
-        """Relative error that storing added to each layer's update at the last probe: (L,) float32."""
-        return self.statistics.compression_errors()
-
-    def state_bytes(self) -> int:
-        """Bytes of every tensor that the optimizer keeps, measured on their storages."""
-        states: Iterable[TensorState] = (slot["tensor"] for slot in self.state.values())
-        return self.statistics.nbytes + sum(state.nbytes for state in states)
-
-    def memory_report(self) -> dict[str, Any]:
-        """Bytes by component, their `total`, the `budget`, what AdamW would take, and the same per layer."""
-        names = [(target.name, target.layer) for target in self.targets]
-        states = [self.state.get(target.param, {}).get("tensor") for target in self.targets]
-        report = memory_report(names, states, self.layers, self.applied, self.statistics.nbytes)
-        return report | {"budget": self.memory_budget, "adamw": self.adamw_bytes}
-
-    def get_compression_stats(self) -> dict[str, float]:
-        """Averages over all steps so far, layers weighted by size: compression ratio, bits, sparsity; number of changes."""
-        return self.usage.averages()
-
-    def get_memory_usage(self) -> dict[str, float]:
-        """Peak device memory (on a CPU: of the process) and stored state, in GB (10^9 bytes)."""
-        return {
-            "peak_memory_gb": peak_memory(self._device()) / 1e9,
-            "state_gb": self.state_bytes() / 1e9,
-            "budget_gb": self.memory_budget / 1e9,
-        }
 
     def collect_gradient_features(self) -> dict[str, Tensor]:
         """The observation as a dict, for policies that take one: {"layers": (L, 64)}."""
         return {"layers": self.observe()}
-
-    def get_compression_config(self) -> dict[str, Any]:
-        """The config in force on most parameters, as the three knobs of the earlier public interface."""
-        return prevailing(self.layers, self.applied)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and JSON-able scalars: `torch.load(weights_only=True)` reads it, and resuming is bit-exact."""
@@ -483,7 +434,7 @@ class MANGO(Releasing):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, codes as they are. A state that exceeds this optimizer's budget is cut to it."""
-        checkpoint.check(self, state_dict)
+        state_dict = checkpoint.check(self, state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         checkpoint.restore(self, state_dict)
 

@@ -207,11 +207,8 @@ class WaterFillingPolicy:
             moment, bits = cls.SUBSPACE * known.square(), config.factor_bits_q
         else:
             moment, bits = nothing, config.momentum_bits
-        fixed = {32: 0.0, 16: 4e-6, 0: cls.WITHOUT_MOMENTUM}
-        if bits == 6:                                        # two bits less than 8, so the error is four times its
-            moment = moment + 16 * measured("error_momentum_8")
-        else:
-            moment = moment + (nothing + fixed[bits] if bits in fixed else measured(f"error_momentum_{bits}"))
+        fixed = {32: 0.0, 16: 4e-6, 6: 2.7e-3, 0: cls.WITHOUT_MOMENTUM}          # geometric levels err alike on any spread: 0.052
+        moment = moment + (nothing + fixed[bits] if bits in fixed else measured(f"error_momentum_{bits}"))
         if config.variance_bits == 32:
             return moment
         variance = nothing + 4e-6 if config.variance_bits == 16 else measured(f"error_variance_{config.variance_bits}")

@@ -29,7 +29,7 @@ def probe_fused(
     `before`: the window before the update; `coding`: relative error of coding the gradient.
     """
     exp_avg, exp_avg_sq = before
-    hyper = hyper if state.config.has_momentum else hyper.without_momentum()
+    hyper = hyper if state.has_momentum else hyper.without_momentum()
     start = gradient.reshape(-1)[: exp_avg.numel()].float()
     RULES[state.rule].direction(start, exp_avg, exp_avg_sq, hyper, state.step)     # advances both, in place
     ideal = direction(exp_avg, exp_avg_sq)

@@ -10,7 +10,7 @@ so is its config. The budget is per rank and holds on each.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -226,6 +226,43 @@ class Ranks:
             yield owner, bucket
 
 
+    # -- state dicts
+
+    def speaks(self, target: Target) -> bool:
+        """Whether it is this rank that saves what is here of the tensor."""
+        if not target.sharded:
+            return self.rank == (self._owner(target) or 0)
+        mesh, placements = target.param.device_mesh, target.param.placements  # type: ignore[attr-defined]
+        place = mesh.get_coordinate() or ()
+        return target.mine and all(at == 0 for at, placement in zip(place, placements, strict=True) if placement.is_replicate())
+
+    @property
+    def _label(self) -> str | None:
+        """What this rank's state is filed under; None where all ranks have the same."""
+        differs = self.shard or any(target.sharded for target in self.targets)
+        return f"rank {self.rank} of {self.size}" if self.group is not None and differs else None
+
+    def wrap(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict whose keys tell whose it is: savers that take equal keys for equal tensors would lose all but one."""
+        if self._label is None:
+            return state_dict
+        states = {i: {self._label: flat} for i, flat in state_dict["state"].items()}
+        return state_dict | {"state": states, "mango": {self._label: state_dict["mango"]}}
+
+    def unwrap(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Undo `wrap`. ValueError for the state dict of another rank, or of another number of ranks."""
+        mine = state_dict.get("mango", {})
+        found = [key for key in mine if key.startswith("rank ")]
+        if "mango" not in state_dict or (self._label is None and not found):
+            return dict(state_dict)
+        if self._label not in found:
+            saved = found[0] if found else "an optimizer that is not shared"
+            raise ValueError(f"the state dict is of {saved}, and this is {self._label or 'one that is not shared'}; take"
+                             " mango.distributed.checkpoint_state and load_checkpoint_state")  # fmt: skip
+        states = {i: flat[self._label] for i, flat in state_dict["state"].items()}
+        return dict(state_dict) | {"state": states, "mango": mine[self._label]}
+
+
 def largest_shard(param: Any) -> Shape:
     """The shape of a DTensor's largest shard: the first rank's."""
     shape = list(param.shape)
@@ -235,12 +272,15 @@ def largest_shard(param: Any) -> Shape:
     return tuple(shape)
 
 
-def offset_of(param: Any) -> tuple[int, ...]:
+def offset_of(param: Any) -> Shape:
     """Where this rank's part of a parameter begins in the whole: zeros, but for a DTensor."""
     if not hasattr(param, "device_mesh"):
-        return (0,) * param.dim()
-    chunks: Any = param.__create_chunk_list__()                   # what torch.distributed.checkpoint asks a tensor for
-    return tuple([int(start) for start in chunks[0].offsets])
+        return (0,) * len(param.shape)
+    chunks: Any = param.__create_chunk_list__()              # what torch.distributed.checkpoint asks a tensor for
+    if len(chunks) != 1:
+        raise ValueError(f"this rank's part of a tensor of shape {tuple(param.shape)} is in {len(chunks)} pieces, not in one")
+    offset: Shape = tuple(chunks[0].offsets)
+    return offset
 
 
 @torch.no_grad()

@@ -1,14 +1,16 @@
 """The stored state of one parameter tensor under a config: which codec holds what, how many bytes, how it changes shape.
 
-Slots: `exp_avg`, `exp_avg_sq` (where the rule has one), `projector` (rank > 0), `residual` (error feedback) and `held`
-(gradients released during backward). Each is an `Encoded`; nothing dense outlives a step. Beside a bfloat16 parameter
-there may be a `correction` that makes it a 24- or 32-bit one.
+Slots: `exp_avg`, `exp_avg_sq` (where the rule has one), `projector` (rank > 0), `held` (gradients released during
+backward) and, by the mode of error feedback, `residual`, `estimate`, `reference`, `velocity` (`FEEDBACK`). Each
+is an `Encoded`; nothing dense outlives a step. Beside a bfloat16 parameter there may be a `correction` that makes it a 24-
+or 32-bit one.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +19,19 @@ from torch import Tensor
 from mango import noise
 from mango.codecs import Codec, Encoded, Shape, component, encode, flatten, safe, unflatten
 from mango.config import CompressionConfig
-from mango.feedback import error_feedback
+from mango.feedback import Compress, Reference, Velocity, ef21, marina, momentum_correction, thresholded_feedback
 from mango.formats import SIGNED, UNSIGNED, gradient_codec
 from mango.lowrank import find, matricise, project, refresh, subspace, transport, unmatricise, unproject
-from mango.rules import RULES, Hyper, adamw_update
+from mango.rules import RULES, Hyper, adamw_update, check_positive
 
 REFRESH_EVERY = 50                     # steps between refreshes of a projector
 COMPONENTS = {
     "exp_avg": "momentum",
     "exp_avg_sq": "variance",
     "residual": "residual",
+    "estimate": "residual",
+    "reference": "residual",
+    "velocity": "residual",
     "held": "gradients",
     "projector": "projector",
 }
@@ -34,25 +39,64 @@ KEYS = {                               # what each slot's noise is split for
     "exp_avg": noise.MOMENTUM,
     "exp_avg_sq": noise.VARIANCE,
     "residual": noise.RESIDUAL,
+    "estimate": noise.RESIDUAL,
+    "reference": noise.REFERENCE,
+    "velocity": noise.REFERENCE,
     "held": noise.GRADIENT,
     "projector": noise.PROJECTOR,
 }
 
 
+FEEDBACK: dict[bool | str, tuple[str, ...]] = {              # what each mode of error feedback keeps, at `residual_bits`
+    False: (),
+    True: ("residual",),
+    "ef21": ("estimate",),
+    "marina": ("reference", "residual"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """What the optimizer decides for all tensors alike."""
+    """What the optimizer decides for all tensors alike. ValueError for options that exclude each other."""
 
-    error_feedback: bool = True
+    error_feedback: bool | str = True                        # one of `FEEDBACK`
     residual_bits: int = 8
     release_gradients: bool = False
     compressor: "Compressor | None" = None                   # somebody's own gradient compression, in place of the codecs
+    feedback_threshold: float = 0.0                          # norm of the residual over the gradient's from which it is fed in
+    momentum_correction: bool = False                        # accumulate velocities, not gradients, until they are sent
+    exact_every: int = 10                                    # steps from one exact gradient to the next, in "marina"
+
+    def __post_init__(self) -> None:
+        mode = self.error_feedback
+        if mode not in list(FEEDBACK):
+            raise ValueError(f"error_feedback={mode!r} is none of {', '.join(map(repr, FEEDBACK))}")
+        if not self.feedback_threshold >= 0:
+            raise ValueError(f"feedback_threshold={self.feedback_threshold!r} is not a multiple of the gradient's norm, >= 0")
+        check_positive(exact_every=self.exact_every)
+        if self.residual_bits not in SIGNED:
+            raise ValueError(f"residual_bits={self.residual_bits} is not on the menu {tuple(SIGNED)}")
+        if mode is not True and (self.feedback_threshold or self.momentum_correction):
+            raise ValueError(f"feedback_threshold and momentum_correction need error_feedback=True; it is {mode!r}")
+        if self.feedback_threshold and self.momentum_correction:
+            raise ValueError("momentum_correction sends all that is pending; give no feedback_threshold with it")
+        if self.release_gradients and (isinstance(mode, str) or self.momentum_correction):
+            raise ValueError("release_gradients codes each micro-batch as it comes; it takes error_feedback=True or False only")
 
 
 class Compressor(Protocol):
-    """Somebody's own gradient compression: gives back the compressed tensor, dense, and the error to feed back."""
+    """Somebody's own gradient compression: gives back the compressed tensor, dense, and the error to feed back.
+
+    A `compress` with an argument `importance_scores` is also given the root mean square of each entry's gradients so far
+    (the tensor's shape, >= 0; None before the first step and where the rule keeps no second moment).
+    """
 
     def compress(self, tensor: Tensor, bits: int, sparsity_ratio: float) -> tuple[Tensor, Tensor]: ...
+
+
+def takes_importance(compressor: Compressor) -> bool:
+    """Whether the compressor asks for `importance_scores`."""
+    return "importance_scores" in signature(compressor.compress).parameters
 
 
 @dataclass(slots=True, eq=False)
@@ -92,10 +136,15 @@ class Target:
         return local
 
 
-def needs_residual(config: CompressionConfig, options: StorageOptions) -> bool:
-    """Whether the gradient codec is biased enough for feedback: dropped entries, or nearest rounding at 8 bits and fewer."""
+def feedback_slots(config: CompressionConfig, options: StorageOptions) -> tuple[str, ...]:
+    """What is kept of the gradient's coding error: nothing where the codec is good enough without, or nothing would be paid.
+
+    It is biased where entries are dropped, and by nearest rounding at 8 bits and fewer.
+    """
     biased = config.gradient_bits <= 8 or config.sparsity > 0 or options.compressor is not None
-    return options.error_feedback and biased
+    if not biased or options.feedback_threshold == math.inf:
+        return ()
+    return FEEDBACK[options.error_feedback] + (("velocity",) if options.momentum_correction else ())
 
 
 @lru_cache(maxsize=1 << 16)
@@ -111,8 +160,7 @@ def slots(shape: Shape, config: CompressionConfig, options: StorageOptions, rule
         layout["exp_avg"] = (SIGNED[config.factor_bits_q if config.rank else config.momentum_bits], inside)
     if RULES[rule].variance:
         layout["exp_avg_sq"] = (UNSIGNED[config.variance_bits], inside)
-    if needs_residual(config, options):
-        layout["residual"] = (SIGNED[options.residual_bits], shape)
+    layout |= dict.fromkeys(feedback_slots(config, options), (SIGNED[options.residual_bits], shape))
     if options.release_gradients:
         layout["held"] = (gradient_codec(config.gradient_bits, config.sparsity), shape)
     return layout
@@ -247,27 +295,54 @@ class TensorState:
         if exp_avg_sq is not None:
             self._store("exp_avg_sq", exp_avg_sq, key)
 
-    def compress_gradient(self, grad: Tensor, key: int) -> Tensor:
-        """The gradient as its codec gives it back (float32), with the residual fed in and its new value stored.
+    def compress_gradient(self, grad: Tensor, key: int, hyper: Hyper) -> Tensor:
+        """The gradient as its codec gives it back (float32), with the error fed back and what is kept of it stored.
 
-        With feedback rounding is to nearest and the error is carried over; without, it is stochastic and needs none.
+        With feedback rounding is to nearest and the error is carried over. Without, it is stochastic and needs none; so
+        are the differences of "marina", whose sum is to be unbiased.
         """
-        config, own = self.config, self.options.compressor
+        config, own, kept = self.config, self.options.compressor, feedback_slots(self.config, self.options)
         if not config.compresses_gradient and own is None:
             return grad.float()
-        feedback = needs_residual(config, self.options)
+        chance = noise.split(key, noise.GRADIENT) if not kept or "reference" in kept else None
 
         def compress(wanted: Tensor) -> Tensor:
-            if own is not None:
-                return own.compress(wanted, config.gradient_bits, config.sparsity)[0]
-            codec = gradient_codec(config.gradient_bits, config.sparsity)
-            return encode(codec, wanted, None if feedback else noise.split(key, noise.GRADIENT)).decode()
+            if own is None:
+                return encode(gradient_codec(config.gradient_bits, config.sparsity), wanted, chance).decode()
+            scores = {"importance_scores": self._importance()} if takes_importance(own) else {}
+            return own.compress(wanted, config.gradient_bits, config.sparsity, **scores)[0]
 
-        if not feedback:
-            return compress(grad.float())
-        applied, residual = error_feedback(grad.float(), self.encoded["residual"].decode(), compress)
-        self._store("residual", residual, key)
+        return self._feed_back(grad.float(), compress, key, hyper) if kept else compress(grad.float())
+
+    def _feed_back(self, grad: Tensor, compress: Compress, key: int, hyper: Hyper) -> Tensor:
+        """What is applied by the mode of error feedback, `mango.feedback`; stores what the mode keeps."""
+        options, kept = self.options, {slot: self.encoded[slot].decode() for slot in FEEDBACK[self.options.error_feedback]}
+        if options.momentum_correction:
+            momentum = hyper.momentum if self.rule in ("sgd", "muon") else hyper.betas[0]
+            fresh = grad if self.rule == "sgd" else grad * (1 - momentum)                # a sum of gradients, or their mean
+            velocity = Velocity(self.encoded["velocity"].decode(), kept["residual"])
+            applied, velocity = momentum_correction(fresh, velocity, compress, momentum)
+            self._store("velocity", velocity.momentum, key)
+            self._store("residual", velocity.pending, key)
+        elif options.error_feedback == "ef21":
+            applied, estimate = ef21(grad, kept["estimate"], compress)
+            self._store("estimate", estimate, key)
+        elif options.error_feedback == "marina":
+            # The residual is kept apart from the reference and taken against it as it was stored: rounding the
+            # reference then never reaches the estimate, which is reference - residual.
+            before = Reference(kept["reference"] - kept["residual"], kept["reference"])
+            applied, _ = marina(grad, before, compress, self.step, options.exact_every)
+            self._store("reference", grad, key)
+            self._store("residual", self.encoded["reference"].decode() - applied, key)
+        else:
+            applied, residual = thresholded_feedback(grad, kept["residual"], compress, options.feedback_threshold)
+            self._store("residual", residual, key)
         return applied
+
+    def _importance(self) -> Tensor | None:
+        """The root mean square of each entry's gradients so far; None before the first, and without a second moment."""
+        exp_avg_sq = self.moments()[1]
+        return exp_avg_sq.sqrt() if exp_avg_sq is not None and bool(exp_avg_sq.any()) else None
 
     def hold_gradient(self, grad: Tensor, key: int) -> bool:
         """Add a gradient to the encoded one that is held for the next step. False where that is not finite: nothing is held."""
@@ -275,16 +350,23 @@ class TensorState:
         wanted = grad.float()
         if "held" in self.encoded:
             wanted = wanted + self.encoded["held"].decode()
-        if not is_finite(wanted):
+        fed_back = feedback_slots(self.config, self.options)
+        # A gradient that the step would skip, since its norm overflows, must not live on in the residual.
+        if not is_finite(wanted) or (fed_back and not math.isfinite(torch.linalg.vector_norm(wanted).square())):
             self.drop_gradient()
             return False
         self.encoded.pop("held", None)                           # the old bytes go before the new ones come
-        if not needs_residual(self.config, self.options):
+        if not fed_back:
             self.encoded["held"] = encode(codec, wanted, noise.split(key, noise.GRADIENT))
             return True
-        wanted = wanted + self.encoded["residual"].decode()
-        self.encoded["held"] = encode(codec, wanted)
-        self._store("residual", wanted - self.encoded["held"].decode(), key)
+
+        def hold(fed: Tensor) -> Tensor:
+            self.encoded["held"] = encode(codec, fed)
+            return self.encoded["held"].decode()
+
+        threshold = self.options.feedback_threshold
+        _, residual = thresholded_feedback(wanted, self.encoded["residual"].decode(), hold, threshold)
+        self._store("residual", residual, key)
         return True
 
     def scale_gradient(self, factor: float, key: int) -> None:
@@ -307,7 +389,7 @@ class TensorState:
             self._refresh(grad, key)
         exp_avg = self._exp_avg()
         exp_avg_sq = self.encoded["exp_avg_sq"].decode() if rule.variance else None
-        if not self.config.has_momentum:
+        if not self.has_momentum:
             hyper = hyper.without_momentum()
         if hyper.weight_decay and not rule.decoupled:
             grad = grad + hyper.weight_decay * param
@@ -327,6 +409,11 @@ class TensorState:
         dense = self._outside(exp_avg, exp_avg_sq)
         self._store_moments(exp_avg, exp_avg_sq, key)
         return dense
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the rule advances a first moment. Where momentum was applied to the gradient already, it does not."""
+        return self.config.has_momentum and "velocity" not in self.encoded
 
     @property
     def exact(self) -> bool:

@@ -1,6 +1,7 @@
 """The CPU kernels give what their PyTorch twins give: the same codes, the same updates, with any number of threads."""
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -16,12 +17,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mango import MANGO, CompressionConfig, master, native, noise
+from mango.blockwise import unpack6
 from mango.codecs import CODECS, Encoded, encode, unpack
+from mango.config import FULL, LADDER
 from mango.fused import FusedUpdate
 
-FORMATS = {"signed8": (8, 128), "nf4": (4, 64), "ternary2": (2, 64), "unsigned8": (8, 256), "log4": (4, 128)}  # bits, block
+FORMATS = {                # bits, block
+    "signed8": (8, 128), "lognormal6": (6, 64), "nf4": (4, 64), "ternary2": (2, 64), "unsigned8": (8, 256), "log4": (4, 128),
+}  # fmt: skip
 SIZES = [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 4097, 70001]
-FLIPS = 2e-3               # share of entries so close to a tie that the last bit of a quotient decides
+# Share of entries so close to a tie that another rounding of a root or quotient decides: nearest 8-bit codes take a root that
+# is off by 2^-14, of 127 bins.
+FLIPS = 1.2e-3
 EPS = 2.0**-23
 
 
@@ -42,7 +49,16 @@ def twins() -> Iterator[None]:
 def codes_of(enc: Encoded) -> Tensor:
     bits, _ = FORMATS[enc.codec]
     codes = enc.parts["codes"]
-    return (codes if bits == 8 else unpack(codes, bits, int(torch.tensor(enc.shape).prod()))).int()
+    n = int(torch.tensor(enc.shape).prod())
+    if bits == 6:                                            # sign and magnitude
+        found = unpack6(codes, n).int()
+        return torch.where(found > 31, 32 - found, found)
+    return (codes if bits == 8 else unpack(codes, bits, n)).int()
+
+
+def flips(n: int) -> float:
+    """How many of `n` entries may flip: the expected number, six deviations, and a pair of equal neighbours."""
+    return FLIPS * n + 6 * math.sqrt(FLIPS * n) + 2
 
 
 def agree(mine: Encoded, twin: Encoded) -> None:
@@ -52,7 +68,7 @@ def agree(mine: Encoded, twin: Encoded) -> None:
     if mine.codec == "bfloat16":
         a, b = mine.parts["values"].reshape(-1), twin.parts["values"].reshape(-1)
         apart = a != b
-        assert int(apart.sum()) <= FLIPS * n + 1
+        assert int(apart.sum()) <= flips(n)
         assert ((a.float() - b.float()).abs() <= 2.0**-7 * b.float().abs() + 1e-40)[apart].all()
         return
     _, block = FORMATS[mine.codec]
@@ -63,12 +79,13 @@ def agree(mine: Encoded, twin: Encoded) -> None:
             assert torch.allclose(a, b, rtol=1e-5, atol=0)
         else:
             moved |= a != b
-            assert ((a.view(torch.int16).int() - b.view(torch.int16).int()).abs() <= 1).all()
+            units = torch.int16 if a.dtype == torch.bfloat16 else torch.uint8
+            assert ((a.view(units).int() - b.view(units).int()).abs() <= (units == torch.int16)).all()
     assert int(moved.sum()) <= 0.01 * len(moved) + 1
     apart = (codes_of(mine) - codes_of(twin)).abs()
     assert apart.numel() == 0 or int(apart.max()) <= 1
     still = ~moved.repeat_interleave(block)[:n]
-    assert int((apart[still] > 0).sum()) <= FLIPS * n + 1
+    assert int((apart[still] > 0).sum()) <= flips(n)
 
 
 def sample(n: int, name: str, exponent: float, seed: int = 0) -> Tensor:
@@ -78,8 +95,10 @@ def sample(n: int, name: str, exponent: float, seed: int = 0) -> Tensor:
     x[torch.rand(n, generator=generator) < 0.1] = 0
     x[1::7] = x[::7][: len(x[1::7])]
     x[3::11] *= 1e-4
-    x = (x * 10.0**exponent).float()
-    return x.square() if name in ("unsigned8", "log4") and exponent > -16 else x.abs() if name in ("unsigned8", "log4") else x
+    x = (x * math.pow(10.0, exponent)).float()
+    if name not in ("unsigned8", "log4"):
+        return x
+    return x.square() if exponent > -16 else x.abs()
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "bfloat16"])
@@ -109,8 +128,8 @@ ODD = {
     "least denormals": torch.full((300,), 1e-45),
     "one entry": torch.nn.functional.one_hot(torch.tensor(257), 300).float() * 3,
     "constant": torch.full((300,), 0.37),
-    "huge": torch.linspace(0, 1, 300) * 3e38,
-    "wide": torch.logspace(-38, 38, 300),
+    "huge": torch.linspace(0, 1, 300) * 1e37,
+    "wide": torch.logspace(-38, 37, 300),
 }
 
 
@@ -119,8 +138,6 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_kernels_and_twins_agree_on_odd_values(name: str, key: int | None, kind: str) -> None:
     x = ODD[kind] if name in ("unsigned8", "log4") else ODD[kind] * torch.tensor([1.0, -1.0, -1.0]).repeat(100)
-    if kind == "huge" and name == "bfloat16":
-        x = x / 2                                            # by chance the largest of all may round up to inf
     mine, twin = encode(CODECS[name], x, key), CODECS[name].encode(x, key)
     agree(mine, twin)
     decoded = mine.decode()
@@ -132,7 +149,7 @@ def test_kernels_and_twins_agree_on_odd_values(name: str, key: int | None, kind:
 @pytest.mark.parametrize("name", [*FORMATS, "bfloat16"])
 def test_kernels_take_views_and_other_dtypes(name: str) -> None:
     base = sample(24 * 30, name, 0).view(24, 30)
-    for view in (base.T, base[::2, 1::3], base[:, 0], base.to(torch.bfloat16), base.double(), base.half(), Parameter(base)):
+    for view in (base.T, base[::2, 1::3], base[:, 0], base.to(torch.bfloat16), base.double(), base.half()):
         dense = view.detach().float().clone(memory_format=torch.contiguous_format)
         one, other = encode(CODECS[name], view, 5), encode(CODECS[name], dense, 5)
         assert one.shape == tuple(view.shape) and torch.equal(one.decode(), other.decode())
@@ -147,8 +164,8 @@ def build(kind: str, config: CompressionConfig, **options: Any) -> tuple[list[Pa
     dtype, bits = KINDS[kind]
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-    made = MANGO(params, lr=0.01, policy=config, min_numel=1, master_bits=bits, policy_update_freq=3, memory_budget="1MiB", **options)
-    return params, made
+    common: dict[str, Any] = {"lr": 0.01, "min_numel": 1, "policy_update_freq": 3, "memory_budget": "1MiB"}
+    return params, MANGO(params, policy=config, master_bits=bits, **common, **options)
 
 
 def feed(params: list[Parameter], step: int) -> None:
@@ -166,7 +183,7 @@ def same_moves(mine: MANGO, twin: MANGO, before: list[Tensor]) -> None:
         gap, most = (a - b).abs(), (b - start).abs().max()
         close = gap <= 4 * EPS * b.abs() + 1e-5 * most
         unit = {16: 2.0**-7, 24: 2.0**-15, 32: 0.0}[mine.master_bits] if target.param.dtype == torch.bfloat16 else 0.0
-        assert int((~close).sum()) <= FLIPS * a.numel() * (unit > 0) + (unit > 0), (target.name, float(gap.max()))
+        assert int((~close).sum()) <= flips(a.numel()) * (unit > 0), (target.name, float(gap.max()))
         assert (close | (gap <= unit * torch.maximum(a.abs(), b.abs()))).all()
         assert states[0].step == states[1].step
         for slot, enc in states[1].encoded.items():
@@ -179,19 +196,20 @@ def same_moves(mine: MANGO, twin: MANGO, before: list[Tensor]) -> None:
                 agree(own, enc)
 
 
-COMBINATIONS = [(rule, m, v) for rule in ("adamw", "adam") for m in (32, 16, 8, 4, 2) for v in (32, 16, 8, 4, 0)]
-COMBINATIONS += [(rule, m, 32) for rule in ("sgd", "lion") for m in (32, 16, 8, 4, 2)]
+COMBINATIONS = [(rule, m, v) for rule in ("adamw", "adam") for m in (32, 16, 8, 6, 4, 2, 0) for v in (32, 16, 8, 4, 0)]
+COMBINATIONS += [(rule, m, 32) for rule in ("sgd", "lion") for m in (32, 16, 8, 6, 4, 2, 0)]
 
 
 @pytest.mark.parametrize(("rule", "m", "v"), COMBINATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fused_update_is_that_of_pytorch(rule: str, m: int, v: int, kind: str) -> None:
     """Step by step from one state: what differs by a tie once does not add up."""
-    for options in ({"weight_decay": 0.1}, {"maximize": True}) if kind != "24" else ({"weight_decay": 0.1, "maximize": True},):
+    both: dict[str, Any] = {"weight_decay": 0.1, "maximize": True}
+    for options in ({"weight_decay": 0.1}, {"maximize": True}) if kind == "float32" else (both,):
         config = CompressionConfig(momentum_bits=m, variance_bits=v)
         params, mine = build(kind, config, rule=rule, **options)
         others, twin = build(kind, config, rule=rule, **options)
-        for step in range(4):
+        for step in range(3):
             feed(params, step)
             feed(others, step)
             before = [master.join(p, mine.state[p]["tensor"].correction if step else None).clone() for p in params]
@@ -230,21 +248,22 @@ import hashlib, sys, torch
 from mango import MANGO, CompressionConfig
 torch.set_num_threads(int(sys.argv[1]))
 digest = hashlib.sha256()
-for rule in ("adamw", "lion"):
-    for m, v in ((32, 32), (8, 8), (4, 4), (2, 0), (16, 16)):
-        for dtype in (torch.float32, torch.bfloat16):
-            g = torch.Generator().manual_seed(0)
-            params = [torch.nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in ((350, 400), (150_001,), (3, 70_000), *[(40, 30)] * 6)]
-            optimizer = MANGO(params, rule=rule, policy=CompressionConfig(momentum_bits=m, variance_bits=v), policy_update_freq=2)
-            for _ in range(3):
-                for p in params:
-                    p.grad = torch.randn(p.shape, generator=g).to(dtype)
-                optimizer.step()
+shapes = (350, 400), (150_001,), (3, 70_000), *[(40, 30)] * 6
+for rule, m, v in [("adamw", b, b) for b in (32, 16, 8, 4)] + [("adam", 2, 0), ("lion", 6, 0), ("sgd", 8, 0)]:
+    for dtype in (torch.float32, torch.bfloat16):
+        g = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in shapes]
+        config = CompressionConfig(momentum_bits=m, variance_bits=v)
+        optimizer = MANGO(params, rule=rule, policy=config, policy_update_freq=9, weight_decay=0.1)
+        for _ in range(2):
             for p in params:
-                digest.update(p.detach().view(torch.uint8).numpy().tobytes())
-                for enc in optimizer.state[p]["tensor"].encoded.values():
-                    for part in enc.parts.values():
-                        digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+                p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            optimizer.step()
+        for p in params:
+            digest.update(p.detach().view(torch.uint8).numpy().tobytes())
+            for enc in optimizer.state[p]["tensor"].encoded.values():
+                for part in enc.parts.values():
+                    digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -257,9 +276,9 @@ def python(program: str, *args: str, **environment: str) -> subprocess.Completed
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    found = [python(THREADS, threads) for threads in ("1", "2", "3")]
-    assert [run.returncode for run in found] == [0, 0, 0], found[0].stderr
-    assert found[0].stdout == found[1].stdout == found[2].stdout and len(found[0].stdout) == 65
+    found = [python(THREADS, threads) for threads in ("1", "2")]
+    assert [run.returncode for run in found] == [0, 0], found[0].stderr
+    assert found[0].stdout == found[1].stdout and len(found[0].stdout) == 65
 
 
 SMALL = """
@@ -318,7 +337,9 @@ def test_a_broken_cache_folder_does_not_matter(fault: str, tmp_path: Path) -> No
 INSIDE = """
 #include "SOURCE"
 uint32_t at_base(uint32_t key, int64_t start) { return block_key(key, start); }
-void at_decode(int format, void *codes, void *scale, void *low, int64_t start, float *out) { decode(format, codes, scale, low, start, BLOCK, out); }
+void at_decode(int format, void *codes, void *scale, void *low, int64_t start, float *out) {
+    decode(format, codes, scale, low, start, BLOCK, out);
+}
 void at_encode(int format, void *codes, void *scale, void *low, int64_t start, const float *x, uint32_t key, uint32_t chance) {
     encode(format, codes, scale, low, start, BLOCK, x, key, chance);
 }
@@ -332,7 +353,7 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The functions inside native.c."""
     folder = tmp_path_factory.mktemp("inside")
     (folder / "inside.c").write_text(INSIDE.replace("SOURCE", str(native.SOURCE)))
-    command = [os.environ.get("CC") or "cc", "-std=gnu11", "-O2", "-march=native", "-fPIC", "-shared", "-w", "inside.c", "-o", "inside.so", "-lm"]
+    command = [os.environ.get("CC") or "cc", *"-std=gnu11 -O2 -march=native -fPIC -shared -w inside.c -o inside.so -lm".split()]
     made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"needs a C compiler: {made.stderr.strip()[:200]}")
@@ -348,7 +369,11 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def shifted(parts: dict[str, Tensor], codec: str, start: int) -> list[int]:
     """Addresses such that entry `start` of the tensor is the first of these parts: nothing of that size is allocated."""
     entries = native._FORMATS[codec][1]
-    found = [(part.data_ptr() - start // int(entries[name][0]) * part.element_size()) % 2**64 for name, part in parts.items()]
+    found = []
+    for name, part in parts.items():
+        each, own, _ = entries[name]
+        address = (part.data_ptr() - start * own // each * part.element_size()) % 2**64
+        found.append(address - 2**64 if address >= 2**63 else address)
     return found + [0] * (3 - len(found))
 
 
@@ -387,14 +412,13 @@ def test_updates_reach_entries_beyond_two_to_the_forty(v: str, inside: Any) -> N
         job["param"], job["grad"] = param.data_ptr() - 4 * at, grad.data_ptr() - 4 * at
         job["lr"], job["beta1"], job["beta2"], job["correction1"], job["correction2"], job["eps"] = 0.1, 0.9, 0.99, 0.5, 0.5, 1e-8
         job["m_format"], job["v_format"] = native.format_number("signed8"), native.format_number(v)
-        job["m_codes"], job["m_scale"], _ = [address - 2**64 if address >= 2**63 else address for address in shifted(exp_avg.parts, "signed8", at)]
+        job["m_codes"], job["m_scale"], _ = shifted(exp_avg.parts, "signed8", at)
         if v == "factored":
             parts = {"values_row": torch.ones(1), "values_column": sample(512, "log4", 0, 4)}
             job["v_codes"], job["v_scale"] = parts["values_row"].data_ptr() - at // columns * 4, parts["values_column"].data_ptr()
         else:
             parts = encode(CODECS[v], sample(512, "log4", 0, 4)).parts
-            addresses = [address - 2**64 if address >= 2**63 else address for address in shifted(parts, v, at)]
-            job["v_codes"], job["v_scale"], job["v_low"] = addresses
+            job["v_codes"], job["v_scale"], job["v_low"] = shifted(parts, v, at)
         inside.at_update(job.ctypes.data, at)
         results.append([param, *exp_avg.parts.values(), *parts.values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -432,7 +456,7 @@ def test_a_model_that_changes_its_dtype_goes_on(bits: int) -> None:
             assert 0 < moved.max() < 0.3 and layer.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("config", [CompressionConfig(), CompressionConfig(momentum_bits=8, variance_bits=8)], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [FULL, LADDER[7]], ids=lambda c: c.name)
 @pytest.mark.parametrize("kind", ["transposed", "expanded", "sliced"])
 def test_gradients_of_any_layout_are_read_as_they_are(kind: str, config: CompressionConfig) -> None:
     base = torch.randn(80, 80, generator=torch.Generator().manual_seed(0))

@@ -93,19 +93,19 @@ def test_at_32_bits_losses_norms_and_parameters_are_bit_equal_to_plain_mode_s(
 ) -> None:
     (model, optimizer), (twin, plain) = made(True, config), made(False, config)
     assert go(model, optimizer, range(12), micro, clip) == go(twin, plain, range(12), micro, clip)
-    assert same(model, twin) and torch.equal(optimizer.observe(), plain.observe())
+    assert same(model, twin) and torch.equal(optimizer.layer_errors(), plain.layer_errors())
 
 
-@pytest.mark.parametrize(("config", "bound"), [(G8, 1.02), (G4, 1.1), (CompressionConfig(gradient_bits=4, sparsity=0.9), 1.3)])
+@pytest.mark.parametrize(("config", "gap"), [(G8, 0.01), (G4, 0.02), (CompressionConfig(gradient_bits=4, sparsity=0.9), 0.06)])
 @pytest.mark.parametrize("feedback", [True, False])
-def test_at_fewer_bits_training_is_close_to_plain_mode_s(config: CompressionConfig, bound: float, feedback: bool) -> None:
-    """Held-out loss, within a few percent of uncompressed AdamW's after half of the way down."""
+def test_at_fewer_bits_training_is_close_to_plain_mode_s(config: CompressionConfig, gap: float, feedback: bool) -> None:
+    """Held-out loss after most of the way down: what is missing, as a fraction of that way."""
     (model, optimizer), (twin, plain) = made(True, config, error_feedback=feedback), made(False)
-    start = float(loss_of(twin, 5000))
+    start = loss_of(twin, 5000).item()
     go(model, optimizer, range(40), micro=2, clip=1.0)
     go(twin, plain, range(40), micro=2, clip=1.0)
     ours, theirs = (sum(loss_of(m, 1000 + i).item() for i in range(10)) / 10 for m in (model, twin))
-    assert theirs < 0.5 * start and ours < bound * theirs + 0.02 * start
+    assert theirs < 0.1 * start and ours - theirs < gap * start
 
 
 def test_the_norm_is_torch_s_and_clipping_between_micro_batches_scales_what_came_before() -> None:
@@ -174,12 +174,13 @@ def test_d14_a_scaler_sees_held_gradients_as_it_sees_plain_ones(
     finite = [x for x in losses if math.isfinite(x)]
     assert [finite, scales, norms] == [[x for x in expected[0] if math.isfinite(x)], *expected[1:]]
     assert same(model, twin) and optimizer.steps == plain.steps == 10 - (poisoned is not None)
-    assert max(scales) > 2.0**12 and (poisoned is None or min(b / a for a, b in zip([2.0**12, *scales], scales, strict=False)) == 0.5)
+    changes = {b / a for a, b in zip([2.0**12, *scales], scales, strict=False)}
+    assert changes == {1.0, 2.0} | ({0.5} if poisoned is not None else set())
     assert [len(optimizer.param_groups), len(optimizer.param_groups[0]["params"])] == [1, len(optimizer.targets)]
 
 
 def test_d14_mixed_precision_with_held_gradients_matches_float32_s_loss() -> None:
-    model, optimizer, *_ = scaled_run(True)
+    model = scaled_run(True)[0]
     twin, plain = made(False)
     go(twin, plain, range(10), micro=2, clip=0.1)
     ours, theirs = (sum(loss_of(m, 1000 + i).item() for i in range(10)) for m in (model, twin))
@@ -199,7 +200,7 @@ def test_tied_parameters_are_held_once_and_frozen_ones_never() -> None:
     model, optimizer = made(True)
     backward(loss_of(model, 0))
     assert set(held(optimizer)) == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert [t.param for t in optimizer.targets].count(model.head.weight) == 1
+    assert sum(t.param is model.head.weight for t in optimizer.targets) == 1
 
 
 def test_parameters_unfrozen_and_frozen_in_mid_run_go_as_in_plain_mode() -> None:
@@ -207,7 +208,6 @@ def test_parameters_unfrozen_and_frozen_in_mid_run_go_as_in_plain_mode() -> None
     for model, optimizer in pairs:
         go(model, optimizer, range(3))
         model.frozen.requires_grad_(True)
-        optimizer.step()                                                    # unfrozen: hooked by the next step or zero_grad
         go(model, optimizer, range(3, 6), micro=2, clip=0.5)
         model.frozen.requires_grad_(False)
         go(model, optimizer, range(6, 8))
@@ -291,7 +291,7 @@ def test_an_exception_in_the_middle_of_a_backward_leaves_a_usable_state(
     config: CompressionConfig, held_before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was held of the failed pass is dropped on zero_grad, and at 32 bits nothing remains of it."""
-    (model, optimizer), (twin, other) = made(True, config, memory_budget=1.4), made(True, config, memory_budget=1.4)
+    (model, optimizer), (twin, other) = made(True, config, memory_budget=1.6), made(True, config, memory_budget=1.6)
     meter = Meter(optimizer, monkeypatch)
     for one, its in ((model, optimizer), (twin, other)):
         go(one, its, range(3))
@@ -313,11 +313,10 @@ def test_an_exception_in_the_middle_of_a_backward_leaves_a_usable_state(
 
 
 def test_an_exception_while_a_gradient_is_stored_breaks_its_step_unless_it_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = TensorState.hold_gradient
     for drops in (True, False):
-        (model, optimizer), (twin, other) = made(True), made(True)
+        model, optimizer = made(True)
         go(model, optimizer, range(2))
-        go(twin, other, range(2))
-        hold = TensorState.hold_gradient
         with monkeypatch.context() as patch:
 
             def fails(state: TensorState, grad: Tensor, key: int) -> bool:
@@ -335,20 +334,19 @@ def test_an_exception_while_a_gradient_is_stored_breaks_its_step_unless_it_is_dr
         assert torch.equal(before, model.embedding.weight) and optimizer.skipped == (not drops)
         assert model.embedding.weight.grad is None and not held(optimizer)
         go(model, optimizer, range(3, 5))
-        go(twin, other, range(3, 5))
-        assert model.embedding.weight.isfinite().all()
+        assert not torch.equal(before, model.embedding.weight) and model.embedding.weight.isfinite().all()
 
 
 def test_a_dropped_gradient_leaves_no_residual_of_its_own() -> None:
     """A pass that overflowed on its way (finite, but of any size) must not be felt by the next step."""
     model, optimizer = made(True, G4)
     go(model, optimizer, range(2))
-    backward(loss_of(model, 2) * 1e30)
+    backward(loss_of(model, 2) * 1e10)
     optimizer.zero_grad()
     residuals = [s["tensor"].encoded["residual"].decode() for s in optimizer.state.values() if "residual" in s["tensor"].encoded]
     assert residuals and all(not r.any() for r in residuals)
     go(model, optimizer, range(3, 10))
-    assert float(loss_of(model, 100)) < float(loss_of(Tied(), 100))
+    assert loss_of(model, 100).item() < loss_of(Tied(), 100).item()
 
 
 @pytest.mark.parametrize("config", [FULL, G8, G4, CompressionConfig(gradient_bits=2, sparsity=0.9)], ids=lambda c: c.name)
@@ -400,20 +398,18 @@ def test_clipping_and_stepping_have_one_dense_gradient_at_a_time(monkeypatch: py
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 2])
-@pytest.mark.parametrize("sparsity", [0.0])
-def test_accumulated_sums_are_unbiased_where_nothing_is_fed_back(bits: int, sparsity: float) -> None:
+def test_accumulated_sums_are_unbiased_where_nothing_is_fed_back(bits: int) -> None:
     """Means over keys of a sum of three passes, re-encoded in each: six standard errors of them, and the scales' rounding.
 
-    2 bits have levels at 1.5 times the block's root mean square, and what lies beyond is cut: entries of equal size do not.
+    2 bits have levels at 1.5 times the block's root mean square, and cut what lies beyond: there one pass of entries that
+    are all of a size is held, and none does.
     """
     options = StorageOptions(error_feedback=False, release_gradients=True)
-    config = CompressionConfig(gradient_bits=bits, sparsity=sparsity)
+    config = CompressionConfig(gradient_bits=bits)
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(8, 64, generator=generator) for _ in range(3)]
     if bits == 2:
-        grads = [grad.sign() * 2.0**-i for i, grad in enumerate(grads)]
-        grads = [grads[0], grads[0] * 0.0, grads[0] * 0.25]                 # sums keep equal sizes until codes are summed
-        grads = [grads[0]]
+        grads = [grads[0].sign()]
     count, total, squares = 600, torch.zeros(8, 64), torch.zeros(8, 64)
     for run in range(count):
         state = TensorState((8, 64), config, options)

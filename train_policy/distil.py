@@ -16,13 +16,13 @@ KNOB_SHARPNESS = 5.0                                     # of the rung probabili
 
 @cache
 def rung_knobs(ladder: Ladder = LADDER) -> Tensor:
-    """(R, 33): the one-hot knob entries of every rung."""
+    """(R, 34): the one-hot knob entries of every rung."""
     actions = torch.tensor([rung.to_action() for rung in ladder])
     return torch.cat([F.one_hot(actions[:, k], n) for k, n in enumerate(NVEC)], 1).float()
 
 
 def knob_marginals(rung_probabilities: Tensor, ladder: Ladder = LADDER) -> Tensor:
-    """(N, 33): the probability of every knob entry under probabilities over rungs (N, R)."""
+    """(N, 34): the probability of every knob entry under probabilities over rungs (N, R)."""
     return rung_probabilities @ rung_knobs(ladder)
 
 
@@ -57,7 +57,7 @@ def distil(
     lr: float = 1e-2,
     seed: int = 0,
 ) -> None:
-    """Train heads in place towards targets: rung probabilities (N, R), knob probabilities (N, 33), values (N,).
+    """Train heads in place towards targets: rung probabilities (N, R), knob probabilities (N, 34), values (N,).
 
     Only heads with a target change. `updates`: None means one pass, of small data as many as make `LEAST_UPDATES`.
     Observations are (N, 64), seen one by one: a trunk with memory is refused.

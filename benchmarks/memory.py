@@ -1,0 +1,172 @@
+"""Peak memory of a real training run, and the largest model that fits under a cap: MANGO beside AdamW.
+
+    python -m benchmarks.memory --width 768 --depth 12 --out benchmarks/results/memory.json
+
+Each method trains a GPT for a few steps in a process of its own. On a CPU the peak is the growth of resident memory
+since just before the model was built (VmHWM after clear_refs), on CUDA torch's own peak; both hold weights, gradients,
+states and all temporaries, over a batch so small that activations hardly count. Beside it stands what is counted: bytes
+of parameters, gradients and states. The largest model is found by bisection over the width on counted bytes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.record import stamp, write
+from mango import MANGO, CompressionConfig
+from mango_env.workloads.text import Transformer
+
+CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Args:
+    width: int = 768
+    depth: int = 12
+    steps: int = 3
+    threads: int = 2                                    # torch threads
+    cap_mib: int = 1024                                 # for the largest model
+    device: str = "cpu"                                 # "cpu" or "cuda"
+    only: str = ""                                      # one method, in this process: used by the program itself
+    out: Path = Path("benchmarks/results/memory.json")
+
+
+@dataclass(frozen=True)
+class Method:
+    dtype: torch.dtype
+    build: Callable[[torch.nn.Module], Optimizer]
+    what: str
+
+
+def mango(config: CompressionConfig, **options: Any) -> Callable[[torch.nn.Module], Optimizer]:
+    return lambda model: MANGO(model.named_parameters(), lr=1e-4, policy=config, policy_update_freq=10**9, **options)
+
+
+def rung(momentum: int, variance: int, gradient: int = 32) -> CompressionConfig:
+    return CompressionConfig(momentum_bits=momentum, variance_bits=variance, gradient_bits=gradient)
+
+
+RELEASED: dict[str, Any] = {"release_gradients": True, "error_feedback": False}
+METHODS: dict[str, Method] = {
+    "adamw_fp32": Method(torch.float32, lambda m: AdamW(m.parameters(), lr=1e-4, fused=True), "torch AdamW, float32"),
+    "adamw_bf16": Method(torch.bfloat16, lambda m: AdamW(m.parameters(), lr=1e-4, fused=True), "torch AdamW, all bfloat16"),
+    "mango_m8v8": Method(torch.bfloat16, mango(rung(8, 8)), "8-bit moments, bfloat16 parameters rounded by chance"),
+    "mango_m4v0": Method(torch.bfloat16, mango(rung(4, 0)), "NF4 and factors, bfloat16 parameters rounded by chance"),
+    "mango_m4v0_24": Method(torch.bfloat16, mango(rung(4, 0), master_bits=24), "the same with 24-bit master weights"),
+    "mango_m4v0_release": Method(torch.bfloat16, mango(rung(4, 0, 4), **RELEASED), "NF4, factors, gradients released at 4 bits"),
+    "mango_m2v0_release": Method(torch.bfloat16, mango(rung(2, 0, 4), **RELEASED), "2-bit momentum, factors, released"),
+    "mango_muon_m0_release": Method(torch.bfloat16, mango(rung(0, 0, 4), rule="muon", **RELEASED), "Muon without momentum"),
+}  # fmt: skip
+
+
+def resident() -> int:
+    """Peak resident bytes since `clear`."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def clear() -> int:
+    """Start a new peak; returns the bytes resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+def one(args: Args) -> dict[str, Any]:
+    """Train by one method in this process."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    method = METHODS[args.only]
+    torch.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        warm = Transformer(64, 1, 4, CONTEXT)
+        warm(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+        before = clear()
+    with torch.device(device):
+        torch.set_default_dtype(method.dtype)           # never hold a float32 copy of a bfloat16 model
+        model = Transformer(args.width, args.depth, args.width // 64, CONTEXT)
+        torch.set_default_dtype(torch.float32)
+    optimizer = method.build(model)
+    held = 0
+    for _ in range(args.steps):
+        symbols = torch.randint(90, (1, CONTEXT + 1), device=device)
+        optimizer.zero_grad()
+        logits = model(symbols[:, :-1]).float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), symbols[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+        dense = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+        held = max(held, dense)
+        state = optimizer.state_bytes() if isinstance(optimizer, MANGO) else 0   # held gradients are in it
+        optimizer.step()
+    numel = sum(p.numel() for p in model.parameters())
+    if not isinstance(optimizer, MANGO):
+        state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    else:
+        state = max(state, optimizer.state_bytes())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else resident() - before
+    return {
+        "method": args.only, "what": method.what, "parameters": numel, "peak_bytes_per_param": peak / numel,
+        "counted_bytes_per_param": (weights + held + state) / numel, "weights_bytes_per_param": weights / numel,
+        "gradient_bytes_per_param": held / numel, "state_bytes_per_param": state / numel,
+    }  # fmt: skip
+
+
+def measured(args: Args, name: str) -> dict[str, Any]:
+    """The same in a process of its own."""
+    shared = [f.name for f in fields(Args) if f.name not in ("only", "out")]
+    options = [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in shared]
+    command = [sys.executable, "-m", "benchmarks.memory", *options, "--only", name]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(told.splitlines()[-1])
+    return found
+
+
+def largest(bytes_per_param: float, cap: int) -> dict[str, int]:
+    """The widest GPT of 12 blocks, in steps of 64, whose counted bytes fit: its width and parameters."""
+
+    def parameters(width: int) -> int:
+        return 12 * (12 * width**2 + 13 * width) + 2 * 97 * width + 2 * width
+
+    low, high = 1, 1024
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if parameters(64 * middle) * bytes_per_param <= cap else (low, middle)
+    return {"width": 64 * low, "parameters": parameters(64 * low)}
+
+
+def train(args: Args) -> Path:
+    rows = []
+    for name in METHODS:
+        row = measured(args, name)
+        row["largest_under_cap"] = largest(row["counted_bytes_per_param"], args.cap_mib * 2**20)
+        rows.append(row)
+        times = row["largest_under_cap"]["parameters"] / rows[0]["largest_under_cap"]["parameters"]
+        row["largest_over_adamw"] = times
+        print(f"{name:22s} peak {row['peak_bytes_per_param']:6.2f}  counted {row['counted_bytes_per_param']:6.2f} B/param"
+              f"  largest model {times:.1f}x AdamW's", flush=True)  # fmt: skip
+    return write(args.out, stamp(args) | {"rows": rows})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Args):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    args = Args(**vars(parser.parse_args()))
+    if args.only:
+        print(json.dumps(one(args)))
+        return
+    print(f"wrote {train(args)}")
+
+
+if __name__ == "__main__":
+    main()
