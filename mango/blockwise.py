@@ -260,7 +260,8 @@ class Log4:
         high = blocks.amax(1)                                                      # exact: rounded down it could never grow
         some = blocks > 0
         least = torch.where(some, blocks, high[:, None]).amin(1)
-        low = torch.minimum(torch.maximum(least, high * 1e-8).bfloat16(), high.bfloat16())
+        low = torch.maximum(least, high * 1e-8).clamp(min=2.0**-126)               # a bfloat16 below that may be zero
+        low = torch.minimum(low.bfloat16(), high.bfloat16())
         levels = self._levels(low, high)                                           # (B, 16)
         y = torch.where(some, torch.maximum(blocks, levels[:, 1:2]), 0.0)
         codes = _level_codes(levels, y, _shares(x.numel(), self.block, key, x.device)).to(torch.uint8)
@@ -270,8 +271,9 @@ class Log4:
     @staticmethod
     def _levels(low: Tensor, high: Tensor) -> Tensor:
         """0, then low r^k for k = 0..14 with r^14 = high / low, powers by doubling: (B, 16)."""
-        start = safe(low.float())[:, None]
-        ratio = ((safe(high)[:, None] / start).log().clamp_(min=0) / 14).exp()
+        top = safe(high)[:, None]
+        start = torch.where(low[:, None] > 0, low.float()[:, None], top)
+        ratio = ((top / start).log().clamp_(min=0) / 14).exp()
         powers = torch.ones_like(start)
         for _ in range(4):
             powers, ratio = torch.cat([powers, powers * ratio], 1), ratio.square()

@@ -59,7 +59,7 @@ def restore(optimizer: "MANGO", state_dict: Mapping[str, Any]) -> None:
     optimizer.statistics.load_state_dict(mine["statistics"])
     if optimizer.budget_asked is None:                       # a share of what was free then, not of what is free now
         optimizer.budget.total = mine["budget"]
-    optimizer._page()
+    optimizer.place_layers()
     for i, flat in state_dict["state"].items():
         target = optimizer.targets[int(i)]
         state = TensorState.from_plain(flat, optimizer.options, target.local.device)

@@ -19,11 +19,13 @@ from triton.language.extra import libdevice
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 FLOAT32, BFLOAT16, SIGNED8, NF4, TERNARY2 = (tl.constexpr(n) for n in range(5))     # native.c
-UNSIGNED8, LOG4, FACTORED, NONE = (tl.constexpr(n) for n in (5, 6, 7, 9))
+UNSIGNED8, LOG4, FACTORED, LOG6, NONE = (tl.constexpr(n) for n in range(5, 10))
 GOLDEN = tl.constexpr(0x9E3779B9)
 MAGIC = tl.constexpr(12582912.0)                             # 1.5 * 2^23: added to a float, its low bits are the integer
 LIFT = tl.constexpr(4294967296.0)                            # 2^32
 HUGE = tl.constexpr(3.3e38)
+LOG6_OCTAVES = tl.constexpr(1.4426950408889634 / 1500)       # of a fiftieth of a nat over thirty gaps
+LOG6_SQUARE = tl.constexpr(2.9324524775280846e-05)           # (ln 2 / 128)^2
 CELLS = tl.constexpr(16)                                     # numbers of `nf4_table` before its cells
 
 
@@ -152,21 +154,32 @@ def unpack(bytes, BITS: tl.constexpr):
     if BITS == 4:
         return tl.reshape(tl.join(wide & 15, wide >> 4), [wide.shape[0], 128])
     else:
-        even, odd = tl.join(wide & 3, wide >> 4 & 3), tl.join(wide >> 2 & 3, wide >> 6)
-        return tl.reshape(tl.join(even, odd), [wide.shape[0], 128])
+        return four(wide & 3, wide >> 2 & 3, wide >> 4 & 3, wide >> 6)
+
+
+@triton.jit
+def four(first, second, third, fourth):
+    """Neighbours in turn: four times (ROWS, 32) to (ROWS, 128)."""
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [first.shape[0], 128])
+
+
+@triton.jit
+def quarters(codes):
+    """Undo `four`."""
+    even, odd = tl.split(tl.reshape(codes, [codes.shape[0], 32, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
 def pack(codes, BITS: tl.constexpr):
     """Undo `unpack`."""
-    ROWS: tl.constexpr = codes.shape[0]
     if BITS == 4:
-        low, high = tl.split(tl.reshape(codes, [ROWS, 64, 2]))
+        low, high = tl.split(tl.reshape(codes, [codes.shape[0], 64, 2]))
         return (low | high << 4).to(tl.uint8)
     else:
-        even, odd = tl.split(tl.reshape(codes, [ROWS, 32, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
+        first, second, third, fourth = quarters(codes)
         return (first | second << 2 | third << 4 | fourth << 6).to(tl.uint8)
 
 
@@ -193,6 +206,16 @@ def log2(x):
 
 
 @triton.jit
+def bfloat16(x):
+    """To nearest, ties to even; the interpreter's own conversion truncates."""
+    if INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
 def inverse(x, above):
     """above / x, 0 where x is, and finite."""
     return tl.where(x > 0, tl.minimum(above / tl.where(x > 0, x, 1.0), HUGE), 0.0)
@@ -216,6 +239,12 @@ def decode(
     elif FORMAT == TERNARY2:
         packed = read(codes, at, left, tl.uint8, 4, HALF, ROWS, VECTOR)
         return spread((unpack(packed, 2) - 1).to(tl.float32), read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
+    elif FORMAT == LOG6:
+        code = read6(codes, at, left, HALF, ROWS)
+        octaves = read_scale(low, at, left, tl.uint8, 64, HALF, ROWS) * LOG6_OCTAVES
+        size = tl.where((code & 31) == 0, 0.0, tl.exp2(spread(((code & 31) - 31).to(tl.float32), octaves)))
+        signed = (size.to(tl.int32, bitcast=True) | (code >> 5 << 31)).to(tl.float32, bitcast=True)
+        return spread(signed, read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
     elif FORMAT == UNSIGNED8:
         x = read(codes, at, left, tl.uint8, 1, HALF, ROWS, VECTOR).to(tl.float32)
         return spread(x * x, tl.minimum(read_scale(scale, at, left, tl.float32, 256, HALF, ROWS) * (by * (LIFT / 65025)), HUGE))
@@ -232,7 +261,7 @@ def decode(
 @triton.jit
 def log4_levels(low, high):
     """The least level, the logarithm (to base 2) of the ratio of neighbours, and what turns logarithms into numbers of levels."""
-    start = tl.where(low > 0, low, 1.0)
+    start = tl.where(low > 0, low, tl.where(high > 0, high, 1.0))
     ratio = tl.maximum(log2(tl.where(high > 0, high, 1.0) / start), 0.0) * (1.0 / 14)
     return start, ratio, inverse(ratio, 1.0)
 
@@ -252,13 +281,13 @@ def encode(
             upper = (x.to(tl.uint32, bitcast=True) + half_of(bits, HALF)) >> 16
             write(upper.to(tl.uint16), codes, at, left, tl.uint16, 1, HALF, ROWS, VECTOR)
         else:
-            write(x.to(tl.bfloat16), codes, at, left, tl.bfloat16, 1, HALF, ROWS, VECTOR)
+            write(bfloat16(x), codes, at, left, tl.bfloat16, 1, HALF, ROWS, VECTOR)
     elif FORMAT == SIGNED8:
-        absmax = largest(tl.abs(x), 1).to(tl.bfloat16)
+        absmax = bfloat16(largest(tl.abs(x), 1))
         write_scale(absmax, scale, at, left, tl.bfloat16, 128, HALF, ROWS)
         write(signed8_codes(x, absmax.to(tl.float32)), codes, at, left, tl.int8, 1, HALF, ROWS, VECTOR)
     elif FORMAT == NF4:
-        absmax = largest(tl.abs(x), 2).to(tl.bfloat16)
+        absmax = bfloat16(largest(tl.abs(x), 2))
         write_scale(absmax, scale, at, left, tl.bfloat16, 64, HALF, ROWS)
         code = nf4_codes(spread(x, inverse(absmax.to(tl.float32), 1.0)), share_of(bits, HALF), levels)
         write(pack(only(code, left, HALF, ROWS, VECTOR), 4), codes, at, left, tl.uint8, 2, HALF, ROWS, VECTOR)
@@ -267,11 +296,19 @@ def encode(
         where = blocks(ROWS, HALF, 64)
         filled = tl.minimum(tl.maximum(left - where * 64, 1), 64).to(tl.float32)
         y = tl.reshape(spread(x, inverse(absmax, 1.0)), [ROWS, 2, 64])
-        spreads = (absmax * tl.sqrt(tl.sum(y * y, 2) / filled) * 1.5).to(tl.bfloat16)
+        spreads = bfloat16(absmax * tl.sqrt(tl.sum(y * y, 2) / filled) * 1.5)
         write_scale(spreads, scale, at, left, tl.bfloat16, 64, HALF, ROWS)
         up = tl.abs(spread(x, inverse(spreads.to(tl.float32), 1.0))) > share_of(bits, HALF)
         code = tl.where(up, tl.where(x > 0, 2, 0), 1)
         write(pack(only(code, left, HALF, ROWS, VECTOR), 2), codes, at, left, tl.uint8, 4, HALF, ROWS, VECTOR)
+    elif FORMAT == LOG6:
+        absmax = bfloat16(largest(tl.abs(x), 2))
+        span = log6_span(x)
+        write_scale(absmax, scale, at, left, tl.bfloat16, 64, HALF, ROWS)
+        write_scale(span.to(tl.uint8), low, at, left, tl.uint8, 64, HALF, ROWS)
+        y = tl.abs(spread(x, inverse(absmax.to(tl.float32), 1.0)))
+        code = log6_codes(y, span.to(tl.float32) * LOG6_OCTAVES, share_of(bits, HALF))
+        write6(code | tl.where((x < 0) & (code > 0), 32, 0), codes, at, left, HALF, ROWS)
     elif FORMAT == UNSIGNED8:
         if HALF == 0:
             write_scale(peak * (1.0 / LIFT), scale, at, left, tl.float32, 256, 0, ROWS)
@@ -280,9 +317,10 @@ def encode(
         tl.static_assert(FORMAT == LOG4)
         high = largest(x, 1)
         least = tl.min(tl.where(x > 0, x, high), 1)[:, None]
-        least = tl.minimum(tl.maximum(least, high * 1e-8).to(tl.bfloat16).to(tl.float32), high.to(tl.bfloat16).to(tl.float32))
+        least = tl.maximum(tl.maximum(least, high * 1e-8), LIFT * 2.0**-126)
+        least = tl.minimum(bfloat16(least).to(tl.float32), bfloat16(high).to(tl.float32))
         write_scale(high * (1.0 / LIFT), scale, at, left, tl.float32, 128, HALF, ROWS)
-        write_scale((least * (1.0 / LIFT)).to(tl.bfloat16), low, at, left, tl.bfloat16, 128, HALF, ROWS)
+        write_scale(bfloat16(least * (1.0 / LIFT)), low, at, left, tl.bfloat16, 128, HALF, ROWS)
         code = log4_codes(x, least, high, share_of(bits, HALF))
         write(pack(code, 4), codes, at, left, tl.uint8, 2, HALF, ROWS, VECTOR)
 
@@ -334,6 +372,51 @@ def log4_codes(x, low, high, u):
     return (code + MAGIC).to(tl.int32, bitcast=True) & 15
 
 
+@triton.jit
+def log6_span(x):
+    """In fiftieths of a nat: int32 (ROWS, 2). Logarithms are read off the floats' bits; sums of whole numbers are exact."""
+    bits = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [x.shape[0], 2, 64])
+    some = tl.where(bits > 0, 1, 0)
+    below = tl.minimum((tl.max(bits, 2)[:, :, None] - bits) >> 16, 4095) * some
+    count, total, squares = tl.sum(some, 2).to(tl.int64), tl.sum(below, 2).to(tl.int64), tl.sum(below * below, 2).to(tl.int64)
+    variance = (count * squares - total * total).to(tl.float32) / tl.maximum(count * count, 1).to(tl.float32) * LOG6_SQUARE
+    return tl.maximum((240.0 * tl.sqrt(variance / (variance + 0.6)) + MAGIC).to(tl.int32, bitcast=True) & 255, 1)
+
+
+@triton.jit
+def log6_codes(y, octaves, u):
+    """As `log4_codes`, for levels 0 and 2^((k - 31) octaves), k = 1 .. 31: y is between 0 and 1. The sign is left to the caller."""
+    logs = tl.maximum(log2(tl.maximum(y, 1e-30)), -100.0)
+    number = tl.minimum(spread(logs, 1.0 / octaves) + 30.5 + MAGIC - MAGIC, 31.0)
+    above = 1.0 / (tl.exp2(octaves) - 1.0)
+    f = spread(tl.exp2(logs - spread(number - 31.0, octaves)) - 1.0, above) + number
+    f = tl.where(number < 1.0, spread(y, tl.exp2(30.0 * octaves)), f)                      # below the least level
+    return (tl.minimum(f + (0.49999997 - u), 31.0) + MAGIC).to(tl.int32, bitcast=True) & 31
+
+
+@triton.jit
+def read6(base, at, left, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """Codes of 6 bits, four in three bytes: int32 (ROWS, 128)."""
+    where = places(ROWS, HALF, 4) * 3
+    pointer = base.to(tl.pointer_type(tl.uint8)) + at // 4 * 3 + where
+    first, second = tl.load(pointer, where * 4 < left * 3, 0), tl.load(pointer + 1, where * 4 + 4 < left * 3, 0)
+    third = tl.load(pointer + 2, where * 4 + 8 < left * 3, 0)
+    word = first.to(tl.int32) | second.to(tl.int32) << 8 | third.to(tl.int32) << 16
+    return four(word & 63, word >> 6 & 63, word >> 12 & 63, word >> 18)
+
+
+@triton.jit
+def write6(codes, base, at, left, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """Undo `read6`."""
+    first, second, third, fourth = quarters(codes)
+    word = first | second << 6 | third << 12 | fourth << 18
+    where = places(ROWS, HALF, 4) * 3
+    pointer = base.to(tl.pointer_type(tl.uint8)) + at // 4 * 3 + where
+    tl.store(pointer, word.to(tl.uint8), where * 4 < left * 3)
+    tl.store(pointer + 1, (word >> 8).to(tl.uint8), where * 4 + 4 < left * 3)
+    tl.store(pointer + 2, (word >> 16).to(tl.uint8), where * 4 + 8 < left * 3)
+
+
 # ---- parameters (master.py) ----
 @triton.jit
 def read_param(
@@ -365,9 +448,9 @@ def write_param(
         encode(p, param, param, param, param, 0, bits, at, left, BFLOAT16, True, HALF, ROWS, VECTOR)
     else:
         whole = p.to(tl.int32, bitcast=True)
-        upper = (whole + 0x8000) & -65536                                  # halves away from zero: every rest fits into 16 bits
-        write(upper.to(tl.float32, bitcast=True).to(tl.bfloat16), param, at, left, tl.bfloat16, 1, HALF, ROWS, VECTOR)
-        rest = whole - upper
+        upper = (whole + 0x8000) >> 16                                     # halves away from zero: every rest fits into 16 bits
+        write(upper.to(tl.int16), param, at, left, tl.int16, 1, HALF, ROWS, VECTOR)
+        rest = whole - (upper << 16)
         if BITS == 16:
             write(rest.to(tl.int16), correction, at, left, tl.int16, 1, HALF, ROWS, VECTOR)
         else:

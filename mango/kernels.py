@@ -22,6 +22,7 @@ from mango.kernel_formats import (
     HUGE,
     LIFT,
     LOG4,
+    LOG6,
     NF4,
     NONE,
     TERNARY2,
@@ -105,7 +106,7 @@ def factored(
     tile starts at `column` (it may be past the end) of row `first` of a matrix `wide` columns wide. WITHIN: no half of a row of
     256 entries goes over the end of a matrix row."""
     where = places(ROWS, HALF, 1)
-    start = places(ROWS, HALF, 128) if WITHIN else where
+    start = places(ROWS, HALF, 128) * 128 if WITHIN else where
     r = ((start + column).to(tl.uint32) // wide.to(tl.uint32)).to(tl.int32)
     c = where + (column - r * wide)
     if WITHIN and VECTOR:

@@ -79,12 +79,12 @@ class Budgeted(Releasing):
                 self.check_fixed(self.applied)
                 self.apply(list(self.applied))
             elif self.budget.total < before[1]:
-                self._page()
+                self.place_layers()
         except (ValueError, OSError):
             self.budget_asked, self.budget.total, self.budget.price = before
             raise
 
-    def _page(self) -> None:
+    def place_layers(self) -> None:
         """Page what the configs in force ask for, and nothing else."""
         with self.pager.moved(self.allocator.nbytes(self.applied), self.budget.total - self.budget.fixed, self.kept_layers()):
             pass

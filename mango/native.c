@@ -316,7 +316,7 @@ static const float NF4_LEVELS[16] = {
 
 static void log4_levels(float low, float high, float *levels) {
     /* 0, then low * r^k for k = 0..14 with r^14 = high / low; powers by doubling, as the twin does it */
-    float start = low > 0 ? low : 1.0f, ratio = (high > 0 ? high : 1.0f) / start;
+    float top = high > 0 ? high : 1.0f, start = low > 0 ? low : top, ratio = top / start;
     float r = expf(more(logf(ratio), 0.0f) / 14.0f), power[16] = {1.0f};
     for (int width = 1; width < 16; width *= 2) {
         for (int k = 0; k < width; k++) power[width + k] = power[k] * r;
@@ -480,7 +480,7 @@ static inline __attribute__((always_inline)) void encode_entries(int format, voi
         for (int at = 0; at < entries; at += 128) {
             float high = largest(x + at, 128), least = high;
             _Pragma("omp simd reduction(min : least)") for (int j = 0; j < 128; j++) least = less(least, x[at + j] > 0 ? x[at + j] : high);
-            float floor = bf16_float(float_bf16(more(least, high * 1e-8f))), top = bf16_float(float_bf16(high));
+            float floor = bf16_float(float_bf16(more(more(least, high * 1e-8f), 0x1p-126f))), top = bf16_float(float_bf16(high));
             uint16_t l = float_bf16(less(floor, top));
             ((float *)scale)[(start + at) / 128] = high;
             ((uint16_t *)low)[(start + at) / 128] = l;

@@ -194,7 +194,7 @@ class MANGO(Budgeted):
             self.applied = self.ranks.agree(self._initial())
         elif not self.ranks.all(self.allocator.fits(self.applied)):
             self.apply(self.applied)
-        self._page()
+        self.place_layers()
         if self.held is not None:
             self.held.watch(self.targets)
 

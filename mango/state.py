@@ -243,7 +243,10 @@ class TensorState:
         return self._outside(exp_avg, exp_avg_sq)
 
     def _exp_avg(self) -> Tensor:
-        return self.encoded["exp_avg"].decode() if "exp_avg" in self.encoded else torch.zeros(self.shape, device=self.device)
+        if "exp_avg" in self.encoded:
+            return self.encoded["exp_avg"].decode()
+        _, large, rank = subspace(self.shape, self.config.rank)
+        return torch.zeros((rank, large) if self.config.rank else self.shape, device=self.device)
 
     def _outside(self, exp_avg: Tensor, exp_avg_sq: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.config.rank:
@@ -291,7 +294,8 @@ class TensorState:
             self._store("projector", p, key)
             exp_avg = project(p, matrix)
             exp_avg_sq = None if exp_avg_sq is None else project(p.square(), matricise(exp_avg_sq))
-        self._store("exp_avg", exp_avg, key)
+        if config.has_momentum:
+            self._store("exp_avg", exp_avg, key)
         if exp_avg_sq is not None:
             self._store("exp_avg_sq", exp_avg_sq, key)
 

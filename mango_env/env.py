@@ -37,7 +37,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
     is observed; so does divergence, with `info["diverged"]` and a penalty. The environment itself never truncates.
     `step` and `reset` never raise for what a run does: `info["error"]` says it.
 
-    Observation: `layers` (Lmax, 64) float32, rows beyond the model's layers are zero; `global` (19,) the features that
+    Observation: `layers` (Lmax, 64) float32, rows beyond the model's layers are zero; `global` (15,) the features that
     all layers share; `mask` (Lmax,) 1 where there is a layer. Action: `actions="knobs"` 7 indices into `KNOBS` per
     layer, layer by layer; `actions="rung"` one rung of `LADDER` per layer. Entries beyond the model's layers are ignored.
 

@@ -152,7 +152,7 @@ def test_what_cannot_be_cloned_is_named(riddle: TrajectoryCache, tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=message):
             train(PolicyNetwork(hidden=(8,)), cache, args)
-    with pytest.raises(ValueError, match="11 rungs, the network scores 5"):
+    with pytest.raises(ValueError, match=f"{len(LADDER)} rungs, the network scores 5"):
         train(PolicyNetwork(hidden=(8,), rungs=5), riddle)
     with pytest.raises(ValueError, match="top=0"):
         select_best(riddle, 0)

@@ -108,7 +108,7 @@ def test_spaces_are_as_documented() -> None:
     count = len(base.layers)
     assert base.max_layers == count == 3
     spaces = env.observation_space.spaces
-    assert (spaces["layers"].shape, spaces["global"].shape, spaces["mask"].shape) == ((count, 64), (19,), (count,))
+    assert (spaces["layers"].shape, spaces["global"].shape, spaces["mask"].shape) == ((count, 64), (15,), (count,))
     layers = spaces["layers"]
     assert isinstance(layers, gym.spaces.Box) and layers.dtype == np.float32
     assert layers.low[0].tolist() == [f.low for f in FEATURES] and layers.high[-1].tolist() == [f.high for f in FEATURES]
@@ -152,7 +152,7 @@ def test_the_observation_is_the_runs_and_padding_is_masked() -> None:
         assert env.run is not None
         seen = env.run.observe()
         assert (observation["layers"][:2] == seen).all() and (observation["layers"][2:] == 0).all()
-        assert (observation["global"] == seen[0, 45:]).all() and (observation["global"] == seen[1, 45:]).all()
+        assert (observation["global"] == seen[0, 49:]).all() and (observation["global"] == seen[1, 49:]).all()
         assert observation["mask"].tolist() == [1, 1, 0, 0, 0]
         observation = env.step(env.action_space.sample())[0]
     with pytest.raises(ValueError, match="has 2 layers"):
@@ -306,16 +306,16 @@ def test_rendering_is_one_line_of_text() -> None:
     env = gym.make(ENV_ID, workload="digits_mlp", horizon=20, interval=10, actions="rung", render_mode="ansi")
     env.reset(seed=0)
     assert str(env.render()) == "t=0/20"
-    env.step(np.array([LADDER.index("m4v4")] * 3))
+    env.step(np.array([LADDER.index("m4v0")] * 3))
     text = str(env.render())
-    assert text.startswith("t=10/20 loss=") and text.endswith("[m4v4 x3]") and "\n" not in text
+    assert text.startswith("t=10/20 loss=") and text.endswith("[m4v0 x3]") and "\n" not in text
     env.close()                                              # type: ignore[no-untyped-call]
 
 
 def test_the_image_of_an_episode_has_a_cell_per_layer_and_decision() -> None:
     env = make(render_mode="rgb_array", actions="rung", memory_budget=2.0)
     env.reset(seed=0)
-    env.step(np.array([LADDER.index("full"), LADDER.index("m4v4")]))
+    env.step(np.array([LADDER.index("full"), LADDER.index("m4v0")]))
     image = env.render()
     assert isinstance(image, np.ndarray) and image.shape == (2 * 8, 10 * 8, 3) and image.dtype == np.uint8
     first, second, coming = image[0, 0], image[8, 0], image[0, 8]

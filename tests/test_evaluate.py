@@ -125,7 +125,7 @@ def test_a_sabotaged_policy_does_not_pass_the_gate() -> None:
     budgets, seeds = [0.5, 1.5], range(3)
     args = replace(ARGS, horizon=40)
     sabotaged, good = (
-        returns_by_run(evaluate(spec, TINY, budgets, list(seeds), args)) for spec in ("fixed:r1p8q8v0", "fixed:m8v8")
+        returns_by_run(evaluate(spec, TINY, budgets, list(seeds), args)) for spec in ("fixed:m0v0", "fixed:m8v8")
     )
     assert not decide(sabotaged, good).accepted
     accepted = decide(good, sabotaged)

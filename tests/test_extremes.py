@@ -20,11 +20,11 @@ from mango.config import FULL, KNOBS, LADDER
 from mango.formats import index_bits
 from mango.state import StorageOptions, predicted_bytes
 from mango.statistics import sample_stride
+from tests.rungs import M2V0, M4V4, M8V8, R8, SPARSE
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 thorough = settings(max_examples=1000 if NIGHTLY else 12, deadline=None)
 RULES = ("adamw", "adam", "sgd", "lion", "muon")
-SPARSE = CompressionConfig(gradient_bits=4, sparsity=0.9, momentum_bits=8, variance_bits=8)
 CONFIGS = [*LADDER.rungs, SPARSE, CompressionConfig(gradient_bits=2, momentum_bits=6, variance_bits=4)]
 SHAPES: list[tuple[int, ...]] = [(24, 20), (300,), (1,), (), (3, 2, 5, 5)]
 
@@ -157,15 +157,15 @@ def test_a_complex_parameter_is_refused_and_its_real_view_is_not() -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "adamw": {"policy": LADDER[5]},
-    "adam": {"policy": LADDER[2], "rule": "adam", "weight_decay": 0.1},
+    "adamw": {"policy": M4V4},
+    "adam": {"policy": M2V0, "rule": "adam", "weight_decay": 0.1},
     "sgd": {"policy": CompressionConfig(momentum_bits=4), "rule": "sgd"},
     "lion": {"policy": CompressionConfig(momentum_bits=6), "rule": "lion", "maximize": True},
     "muon": {"policy": CompressionConfig(momentum_bits=4), "rule": "muon"},
-    "rank": {"policy": LADDER[1]},
+    "rank": {"policy": R8},
     "feedback": {"policy": SPARSE, "residual_bits": 4},
     "random": {"policy": "random", "memory_budget": 0.8},
-    "held": {"policy": LADDER[5], "release_gradients": True},
+    "held": {"policy": M4V4, "release_gradients": True},
 }
 
 
@@ -216,7 +216,7 @@ def test_a_copy_in_the_middle_goes_on_bit_for_bit(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize("after", DTYPES, ids=str)
 def test_a_state_goes_over_to_a_model_of_another_dtype(before: tuple[torch.dtype, int], after: tuple[torch.dtype, int]) -> None:
     """Moments are kept as they are; a correction is there exactly where the new parameters have one, and counted."""
-    config = LADDER[7]
+    config = M8V8
     params = model(before[0])
     optimizer = MANGO(params, policy=config, master_bits=before[1])
     go(params, optimizer, range(4))

@@ -28,6 +28,7 @@ CALLED = {
 # modules that subclass a heavy library's classes load it; whoever needs them imports them inside a function
 ADAPTERS: dict[str, set[str]] = {
     "mango.kernels": {"triton"},
+    "mango.kernel_formats": {"triton"},
     "mango_env.layer_vec_env": {"stable_baselines3"},
     "train_policy.d3rlpy_backend": {"d3rlpy", "gym_notices"},
     "train_policy.ppo": {"stable_baselines3", "sb3_contrib"},
@@ -106,7 +107,8 @@ def test_imports_only_go_down(floor: str) -> None:
 
 
 def test_only_kernels_import_triton() -> None:
-    assert [n for n in modules() if n.startswith("mango") and n != "mango.kernels" and "triton" in foreign(n)] == []
+    kernels = {"mango.kernels", "mango.kernel_formats"}
+    assert [n for n in modules() if n.startswith("mango") and n not in kernels and "triton" in foreign(n)] == []
 
 
 def test_adapters_of_heavy_libraries_are_loaded_only_on_call() -> None:

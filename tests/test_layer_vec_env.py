@@ -102,7 +102,7 @@ def test_the_horizon_is_no_time_limit_and_the_next_run_starts_in_the_same_step()
     env.seed(0)
     first = env.reset()
     for step in range(1, 7):
-        rows, rewards, dones, infos = env.step(np.full(7, LADDER.index("m4v4")))
+        rows, rewards, dones, infos = env.step(np.full(7, LADDER.index("m4v0")))
         assert [a.dtype.name for a in (rewards, dones, rows)] == ["float32", "bool", "float32"]
         assert not any(i["TimeLimit.truncated"] for i in infos)
         over = step % 3 == 0
@@ -162,15 +162,15 @@ def test_layers_without_a_slot_follow_the_driver_or_their_nearest_neighbour() ->
         env.seed(0)
         env.reset()
     for _ in range(9):
-        action = np.array([LADDER.index("m4v4"), LADDER.index("m4v4")])
-        for env, others in ((plain, "m4v4"), (driven, "m8v8")):
+        action = np.array([LADDER.index("m4v0"), LADDER.index("m4v0")])
+        for env, others in ((plain, "m4v0"), (driven, "m8v8")):
             infos = env.step(action)[3]
             run = env.envs[0].run
             assert run is not None
             learning = [i["layer_index"] for i in infos]
             chosen.add(tuple(learning))
             if run.t:                                        # else the next run has started
-                expected = ["m4v4" if i in learning else others for i in range(5)]
+                expected = ["m4v0" if i in learning else others for i in range(5)]
                 assert [c.name for c in run.optimizer.applied] == expected
     assert asked == [(3, 64)] * 9
     assert len(chosen) > 1

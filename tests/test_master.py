@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mango import MANGO, CompressionConfig, master
-from mango.config import FULL, LADDER
+from mango.config import FULL
+from tests.rungs import M2V0, M4V4, M8V4, M8V8, R8
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 quick = settings(max_examples=2000 if NIGHTLY else 60, deadline=None)
@@ -90,7 +91,7 @@ def test_a_correction_takes_the_bytes_that_were_foretold(bits: int) -> None:
     expected = 2000 * (bits - 16) // 8
     assert (0 if correction is None else correction.nbytes) == master.correction_bytes(param, (50, 40), bits) == expected
     assert master.new_correction(param.float(), bits) is None and master.correction_bytes(param.float(), (50, 40), bits) == 0
-    optimizer = MANGO([param], policy=LADDER[7], master_bits=bits)
+    optimizer = MANGO([param], policy=M8V8, master_bits=bits)
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert optimizer.memory_report().get("correction", 0) == expected
@@ -115,7 +116,7 @@ def run(dtype: torch.dtype, bits: int, config: CompressionConfig, steps: int = 6
     return [master.join(p, optimizer.state[p]["tensor"].correction) for p in params], [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("config", [FULL, LADDER[7], LADDER[5], LADDER[2], LADDER[1]], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [FULL, M8V8, M4V4, M2V0, R8], ids=lambda c: c.name)
 def test_a_32_bit_master_trains_as_float32_does(config: CompressionConfig) -> None:
     """Bit for bit, decay and stochastic moments included."""
     full, _ = run(torch.float32, 16, config)
@@ -152,7 +153,7 @@ def test_a_checkpoint_keeps_the_correction(bits: int) -> None:
         with torch.no_grad():
             layer.weight.copy_(torch.randn(40, 48, generator=torch.Generator().manual_seed(0)))
             layer.bias.zero_()
-        return layer, MANGO(layer.parameters(), policy=LADDER[6], master_bits=bits)
+        return layer, MANGO(layer.parameters(), policy=M8V4, master_bits=bits)
 
     def go(layer: nn.Linear, optimizer: MANGO, steps: range) -> None:
         for step in steps:

@@ -19,8 +19,9 @@ from torch.nn import Parameter
 from mango import MANGO, CompressionConfig, master, native, noise
 from mango.blockwise import unpack6
 from mango.codecs import CODECS, Encoded, encode, unpack
-from mango.config import FULL, LADDER
+from mango.config import FULL
 from mango.fused import FusedUpdate
+from tests.rungs import M8V8
 
 FORMATS = {                # bits, block
     "signed8": (8, 128), "lognormal6": (6, 64), "nf4": (4, 64), "ternary2": (2, 64), "unsigned8": (8, 256), "log4": (4, 128),
@@ -456,7 +457,7 @@ def test_a_model_that_changes_its_dtype_goes_on(bits: int) -> None:
             assert 0 < moved.max() < 0.3 and layer.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("config", [FULL, LADDER[7]], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [FULL, M8V8], ids=lambda c: c.name)
 @pytest.mark.parametrize("kind", ["transposed", "expanded", "sliced"])
 def test_gradients_of_any_layout_are_read_as_they_are(kind: str, config: CompressionConfig) -> None:
     base = torch.randn(80, 80, generator=torch.Generator().manual_seed(0))

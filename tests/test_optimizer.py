@@ -100,7 +100,7 @@ def test_a5_every_rung_trains_and_full_moments_train_like_adamw(rung: str, adamw
     after = train(model, optimizer, 300)
     gained = (adamw_loss[0] - after) / (adamw_loss[0] - adamw_loss[1])
     assert gained > (0.5 if LADDER[LADDER.index(rung)].rank == 1 else 0.8 if LADDER[LADDER.index(rung)].rank else 0.93)
-    if rung in ("m8v4", "m8v8", "m16v8", "m16v16"):
+    if rung in ("m6v8", "m8v8", "m16v8", "m16v16"):
         assert gained > 0.98
 
 

@@ -8,14 +8,15 @@ import torch
 from torch.nn import Parameter
 
 from mango import MANGO, CompressionConfig
-from mango.config import FULL, LADDER
+from mango.config import FULL
+from tests.rungs import M2V0, M4V4, M8V8, R8
 
 CONFIGS = [
     FULL,
-    LADDER[1],
-    LADDER[2],
-    LADDER[5],
-    LADDER[7],
+    R8,
+    M2V0,
+    M4V4,
+    M8V8,
     CompressionConfig(gradient_bits=4, sparsity=0.9, momentum_bits=8, variance_bits=8),
 ]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mango import MANGO, CompressionConfig
-from mango.config import FULL, LADDER
+from mango.config import FULL
+from tests.rungs import R8
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"policy": FULL},
@@ -19,7 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random": {"policy": "random", "memory_budget": 0.6},
     "stochastic": {"policy": CompressionConfig(momentum_bits=2, variance_bits=4)},
     "feedback": {"policy": CompressionConfig(gradient_bits=4, sparsity=0.9, momentum_bits=8, variance_bits=8)},
-    "rank": {"policy": LADDER[1]},
+    "rank": {"policy": R8},
     "release": {"policy": CompressionConfig(gradient_bits=4, momentum_bits=4, variance_bits=0), "release_gradients": True},
     "release random": {"policy": "random", "memory_budget": 0.8, "release_gradients": True},
     "maximize": {"policy": "random", "maximize": True, "weight_decay": 0.1},

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mango import MANGO, CompressionConfig
-from mango.config import FULL, LADDER
+from mango.config import FULL
+from tests.rungs import M2V0, M8V8, R8
 
-M8V8 = CompressionConfig(momentum_bits=8, variance_bits=8)
-CONFIGS = [FULL, M8V8, LADDER[1], LADDER[2]]
+CONFIGS = [FULL, M8V8, R8, M2V0]
 
 
 def params_of(*shapes: tuple[int, ...], seed: int = 0) -> list[Parameter]:
@@ -343,7 +343,7 @@ def run(
     return list(model.parameters()), norms
 
 
-@pytest.mark.parametrize("config", [FULL, M8V8, LADDER[1]], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [FULL, M8V8, R8], ids=lambda c: c.name)
 @pytest.mark.parametrize("micro", [1, 3])
 def test_released_gradients_train_bit_equal_to_plain_ones(config: CompressionConfig, micro: int) -> None:
     assert same(run(True, config, micro)[0], run(False, config, micro)[0])

@@ -174,7 +174,7 @@ def test_a_config_off_the_menus_fails() -> None:
 @pytest.mark.parametrize(
     ("shadow", "message"),
     [
-        ({"scores": lambda obs: torch.zeros(3, len(LADDER))}, "scores (3, 11), expected finite (2, 11)"),
+        ({"scores": lambda obs: torch.zeros(3, len(LADDER))}, f"scores (3, {len(LADDER)}), expected finite (2, {len(LADDER)})"),
         ({"scores": lambda obs: torch.full((2, len(LADDER)), torch.nan)}, "expected finite"),
         ({"act": lambda obs: torch.full((2, len(KNOBS)), 9)}, "expected int64 indices"),
         ({"act": lambda obs: torch.zeros(2, len(KNOBS))}, "float32, expected int64 indices"),

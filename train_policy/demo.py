@@ -19,7 +19,7 @@ from train_policy.gate import decide
 T = TypeVar("T")
 DIGITS = ("digits_mlp", "digits_cnn")
 TEACHERS = ("random", "explore:water-filling", "adaptive", "water-filling")
-FIXED_TEACHERS = ("fixed:m4v0", "fixed:m4v4")
+FIXED_TEACHERS = ("fixed:m4v0", "fixed:m8v0")
 HEURISTICS = ("random", "scheduled", "adaptive", "water-filling")
 CLONE, NATIVE, D3RLPY, TUNED, NAME = "bc", "iql", "d3rlpy-discrete-cql", "ppo", "demo"
 
