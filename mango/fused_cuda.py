@@ -6,6 +6,7 @@ and which gradients were not finite is told by `settle`, at a time when the host
 CUDA graph, after one that was not, and its learning rate may be a tensor.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from mango import native, noise
 from mango.blockwise import NF4_LEVELS
 from mango.codecs import matrix_shape
 from mango.fused import Moves, Work
-from mango.rules import RULES
+from mango.rules import RULES, Hyper
 from mango.state import Target, TensorState
 from mango.statistics import NORM_DECAY, GradientStatistics
 
@@ -31,9 +32,9 @@ WARPS = 4                                    # per program
 REGISTERS = 96                               # per thread, so that five programs share a multiprocessor; no kernel spills
 SMALL = 1 << 24                              # entries of all tensors together, up to which chunks are short
 KEPT_PLANS = 8                               # tables of earlier sets of tensors, for those that come by turns
-LOW_BIT = ("nf4", "ternary2")                # formats of first moments that the kernels round by chance
+BY_CHANCE = ("lognormal6", "nf4", "ternary2")  # formats of first moments that the kernels round so; the others to nearest
 WIDEST = 1 << 27                             # columns of a matrix in factors
-FACTORED = native.format_number("factored")
+FACTORED, LOG6 = native.format_number("factored"), native.format_number("lognormal6")
 
 
 class Combination(NamedTuple):
@@ -130,7 +131,7 @@ class FusedUpdateCUDA:
         self._keys = [noise.step_key(seed, i, 0) for i in range(len(targets))]
         self._groups = list({id(target.group): target.group for target in targets}.values())
         self._group_place = {id(group): i for i, group in enumerate(self._groups)}
-        total = sum(target.param.numel() for target in targets)
+        total = sum(target.local.numel() for target in targets)
         self._chunk, self._sum_chunk = (4096, 16384) if total <= SMALL else (16384, 65536)
         self._states: list[TensorState | None] = [None] * len(targets)
         self._versions = [-1] * len(targets)
@@ -154,7 +155,7 @@ class FusedUpdateCUDA:
             self._kernels = kernels
             self._column = {name: i for i, name in enumerate(kernels.COLUMNS)}
             self._table = np.zeros((len(self._row), len(kernels.COLUMNS)), dtype=np.int64)
-            self._hyper = np.zeros((len(self._groups) * len(native.RULES), len(kernels.HYPERS)))
+            self._hyper = np.zeros((2 * len(self._groups) * len(native.RULES), len(kernels.HYPERS)))
             self._hyper_table = torch.zeros(self._hyper.shape, dtype=torch.float64, device=self.device)
             self._counts = torch.zeros(len(self._row), 2, dtype=torch.int64, device=self.device)   # steps, gradients left out
             self._clock = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -172,16 +173,18 @@ class FusedUpdateCUDA:
     # ---- what is taken ----
     def covers(self, target: Target, state: TensorState) -> bool:
         """Whether the tensor's update can be fused. Compiles what it needs; where that fails there is one warning."""
-        param = target.param
+        param = target.local
         plain = type(param) in (Tensor, torch.nn.Parameter) and param.device == self.device and param.is_contiguous()
-        if not plain or param.dtype not in native.PARAM_TYPES or param.numel() == 0:
+        if not plain or param.dtype not in native.PARAM_TYPES or param.numel() == 0 or param.shape != state.shape:
             return False
-        if state.config.rank or state.rule not in native.RULES or "exp_avg" not in state.encoded or not self._load():
+        if state.config.rank or state.rule not in native.RULES or not self._load():
             return False
-        exp_avg_sq, chances = state.encoded.get("exp_avg_sq"), state.chances
-        if chances[0] != (state.encoded["exp_avg"].codec in LOW_BIT):
+        exp_avg, exp_avg_sq, chances = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq"), state.chances
+        if exp_avg is not None and (exp_avg.device != self.device or chances[0] != (exp_avg.codec in BY_CHANCE)):
             return False
-        if exp_avg_sq is not None and (chances[1] == (exp_avg_sq.codec == "float32") or matrix_shape(state.shape)[1] >= WIDEST):
+        if exp_avg_sq is not None and (exp_avg_sq.device != self.device or chances[1] == (exp_avg_sq.codec == "float32")):
+            return False
+        if matrix_shape(state.shape)[1] >= WIDEST and exp_avg_sq is not None and exp_avg_sq.codec == "factored":
             return False
         coded = state.options.release_gradients or state.options.compressor is not None or state.config.compresses_gradient
         return self._compiles(self._combination(target, state, native.PARAM_TYPES[torch.float32 if coded else param.dtype], True))
@@ -194,18 +197,17 @@ class FusedUpdateCUDA:
 
     @staticmethod
     def _combination(target: Target, state: TensorState, grad: int, vector: bool) -> Combination:
-        exp_avg_sq = state.encoded.get("exp_avg_sq")
-        m = native.format_number(state.encoded["exp_avg"].codec)
-        v = native.FORMAT_NONE if exp_avg_sq is None else native.format_number(exp_avg_sq.codec)
+        moments = (state.encoded.get(slot) for slot in ("exp_avg", "exp_avg_sq"))
+        m, v = (native.FORMAT_NONE if moment is None else native.format_number(moment.codec) for moment in moments)
         bits = 0 if state.correction is None else 8 * state.correction.element_size()
         within = v != FACTORED or matrix_shape(state.shape)[1] % 128 == 0
-        param = native.PARAM_TYPES[target.param.dtype]
+        param = native.PARAM_TYPES[target.local.dtype]
         return Combination(native.RULES[state.rule], param, grad, m, v, bits, bool(target.group["maximize"]), within, vector)
 
     def _options(self, combination: Combination, measure: bool) -> dict[str, Any]:
         """How `update` is compiled for a combination."""
-        wide = 0 in (combination.param, combination.m, combination.v)             # float32: 16 bytes are 4 entries, not 8
-        options: dict[str, Any] = {"MEASURE": measure, "CHUNK": self._chunk, "ROWS": WARPS * 32 * (4 if wide else 8) // 128}
+        four = 0 in (combination.param, combination.m, combination.v) or combination.m == LOG6    # entries in 16, or in 3 bytes
+        options: dict[str, Any] = {"MEASURE": measure, "CHUNK": self._chunk, "ROWS": WARPS * 32 * (4 if four else 8) // 128}
         names = ("RULE", "P", "G", "M", "V", "BITS", "MAXIMIZE", "WITHIN", "VECTOR")
         options |= dict(zip(names, combination, strict=True)) | {"num_warps": WARPS, "enable_fp_fusion": True}
         return options | ({"maxnreg": REGISTERS} if combination.vector and not measure else {})
@@ -249,8 +251,9 @@ class FusedUpdateCUDA:
             else:
                 self._clock.fill_(step)
             self._clock_host = step
-            self._set_hypers({(id(w.target.group), w.state.rule) for w in work})
+            self._set_hypers({(id(w.target.group), w.state.rule, w.state.has_momentum) for w in work})
             moves = self._launch(plan, measure and all(self._compiles(c, True) for c in plan.updates))
+        torch.autograd.graph.increment_version([w.target.local for w in work])    # backward through old weights is an error
         for w in work:
             w.state.step += 1                                                     # until `settle` says otherwise
             self._steps[self._row[w.target]] += 1
@@ -305,20 +308,24 @@ class FusedUpdateCUDA:
             into = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         return into.copy_(host, non_blocking=True)
 
-    def _set_hypers(self, used: set[tuple[int, str]]) -> None:
+    def _hyper_place(self, group: int, rule: str, keeps: bool) -> int:
+        """Row of the table of numbers, for a group (its id), a rule, and whether a first moment is kept."""
+        return (self._group_place[group] * len(native.RULES) + native.RULES[rule]) * 2 + keeps
+
+    def _set_hypers(self, used: set[tuple[int, str, bool]]) -> None:
         """Numbers of the parameter groups, where they changed; a learning rate on the device is copied there."""
         wanted, on_device = self._hyper.copy(), []
-        for number, rule in used:
+        for number, rule, keeps in used:
             group, decoupled = self._groups[self._group_place[number]], RULES[rule].decoupled
-            place = self._group_place[number] * len(native.RULES) + native.RULES[rule]
-            lr, decay, beta1 = group["lr"], group["weight_decay"], group["betas"][0]
+            place, lr = self._hyper_place(number, rule, keeps), group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device.append((place, lr))
                 lr = wanted[place, 0]
-            if rule == "sgd":
-                beta1 = RULES[rule].momentum if group["momentum"] is None else group["momentum"]
+            hyper = Hyper.of({**group, "lr": lr}, rule)
+            hyper = hyper if keeps else hyper.without_momentum()
+            beta1, decay = hyper.momentum if rule == "sgd" else hyper.betas[0], hyper.weight_decay
             sign = -1 if group["maximize"] else 1
-            wanted[place] = (float(lr), beta1, group["betas"][1], group["eps"], decay * decoupled, decay * (not decoupled), sign)
+            wanted[place] = (hyper.lr, beta1, hyper.betas[1], hyper.eps, decay * decoupled, decay * (not decoupled), sign)
         if not np.array_equal(wanted, self._hyper):
             self._upload(wanted, self._hyper_table)
             self._hyper = wanted
@@ -335,10 +342,11 @@ class FusedUpdateCUDA:
             if self._steps[row] != state.step:
                 stale.append(row)
                 self._steps[row] = state.step
-            param, grad = target.param.data_ptr(), gradient.data_ptr()
+            param, grad = target.local.data_ptr(), gradient.data_ptr()
             addresses[i] = param, grad
             vector = not (self._odd[row] or param % ALIGNMENT or grad % ALIGNMENT)
-            marks.append((row, state.version, native.PARAM_TYPES[gradient.dtype], vector, fresh, bool(target.group["maximize"])))
+            types = (native.PARAM_TYPES[gradient.dtype], native.PARAM_TYPES[target.local.dtype])
+            marks.append((row, state.version, *types, vector, fresh, bool(target.group["maximize"]), state.has_momentum))
         if stale:
             steps = self._upload(np.array([[row, self._steps[row]] for row in stale], dtype=np.int64))
             self._counts[:, 0].index_copy_(0, steps[:, 0], steps[:, 1])
@@ -355,19 +363,19 @@ class FusedUpdateCUDA:
 
     def _fill(self, row: int, target: Target, state: TensorState) -> None:
         """What stays until the state is stored anew: sizes, addresses, places."""
-        exp_avg_sq, columns = state.encoded.get("exp_avg_sq"), matrix_shape(state.shape)[1]
-        m = native.part_pointers(state.encoded["exp_avg"].parts)
-        v = [0, 0, 0] if exp_avg_sq is None else native.part_pointers(exp_avg_sq.parts)
-        correction = 0 if state.correction is None else state.correction.data_ptr()
-        values = {"numel": target.param.numel(), "wide": columns, "correction": correction, "m_codes": m[0], "m_scale": m[1],
-                  "v_codes": v[0], "v_scale": v[1], "v_low": v[2], "key": self._keys[row], "place": row, "layer": -1}  # fmt: skip
-        values["hyper"] = self._group_place[id(target.group)] * len(native.RULES) + native.RULES[state.rule]
+        exp_avg, exp_avg_sq = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq")
+        m, v = ([0, 0, 0] if moment is None else native.part_pointers(moment.parts) for moment in (exp_avg, exp_avg_sq))
+        numel, correction = math.prod(state.shape), 0 if state.correction is None else state.correction.data_ptr()
+        values = {"numel": numel, "wide": matrix_shape(state.shape)[1], "key": self._keys[row], "place": row, "layer": -1}
+        names = ("correction", "m_codes", "m_scale", "m_low", "v_codes", "v_scale", "v_low")
+        values |= zip(names, (correction, *m, *v), strict=True)
+        values["hyper"] = self._hyper_place(id(target.group), state.rule, state.has_momentum)
         if target.layer is not None:
             offset, count, stride = self._statistics.sample(target.layer)
             values |= {"layer": target.layer, "sample_start": offset, "sample_stride": stride, "sample_count": count}
         self._table[row] = [values.get(name, 0) for name in self._column]
         factored = exp_avg_sq is not None and exp_avg_sq.codec == "factored"
-        self._odd[row] = bool(target.param.numel() % 8 or (correction | m[0] | (v[1] if factored else v[0])) % ALIGNMENT)
+        self._odd[row] = bool(numel % 8 or (correction | m[0] | (v[1] if factored else v[0])) % ALIGNMENT)
         self._versions[row], self._states[row] = state.version, state
 
     def _build(self, work: Sequence[Work], marks: Sequence[tuple[Any, ...]], addresses: NDArray[np.int64]) -> Plan:
@@ -376,8 +384,8 @@ class FusedUpdateCUDA:
         host[:, 2:4] = addresses
         updates, squares, matrices, segments = defaultdict(list), defaultdict(list), defaultdict(list), []
         partials = sums = scratch = 0
-        for i, (w, (_, _, grad, vector, fresh, _)) in enumerate(zip(work, marks, strict=True)):
-            numel, wide = w.target.param.numel(), int(host[i, c["wide"]])
+        for i, (w, (_, _, grad, _, vector, fresh, *_)) in enumerate(zip(work, marks, strict=True)):
+            numel, wide = int(host[i, c["numel"]]), int(host[i, c["wide"]])
             combination = self._combination(w.target, w.state, grad, vector)
             updates[combination].append((i, numel))
             chunks = -(-numel // self._chunk)

@@ -100,9 +100,13 @@ def inside(where, left, PER: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def read(base, at, left, TYPE: tl.constexpr, PER: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+def read(
+    base, at, left, TYPE: tl.constexpr, PER: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
+    OTHER: tl.constexpr = 0,
+):  # fmt: skip
+    """Numbers of a type, or bytes of PER entries each; OTHER past the end."""
     where = places(ROWS, HALF, PER)
-    return tl.load(address(base, at, TYPE, PER, VECTOR) + where, inside(where, left, PER, VECTOR), 0)
+    return tl.load(address(base, at, TYPE, PER, VECTOR) + where, inside(where, left, PER, VECTOR), OTHER)
 
 
 @triton.jit
@@ -234,11 +238,11 @@ def decode(
         x = read(codes, at, left, tl.int8, 1, HALF, ROWS, VECTOR).to(tl.float32)
         return spread(x * tl.abs(x), read_scale(scale, at, left, tl.bfloat16, 128, HALF, ROWS) * (by / 16129))
     elif FORMAT == NF4:
-        packed = read(codes, at, left, tl.uint8, 2, HALF, ROWS, VECTOR)
-        return spread(tl.load(levels + unpack(packed, 4)), read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
+        x = tl.load(levels + unpack(read(codes, at, left, tl.uint8, 2, HALF, ROWS, VECTOR, 0x77), 4))
+        return spread(only(x, left, HALF, ROWS, VECTOR), read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
     elif FORMAT == TERNARY2:
-        packed = read(codes, at, left, tl.uint8, 4, HALF, ROWS, VECTOR)
-        return spread((unpack(packed, 2) - 1).to(tl.float32), read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
+        x = (unpack(read(codes, at, left, tl.uint8, 4, HALF, ROWS, VECTOR, 0x55), 2) - 1).to(tl.float32)
+        return spread(only(x, left, HALF, ROWS, VECTOR), read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
     elif FORMAT == LOG6:
         code = read6(codes, at, left, HALF, ROWS)
         octaves = read_scale(low, at, left, tl.uint8, 64, HALF, ROWS) * LOG6_OCTAVES
@@ -326,12 +330,12 @@ def encode(
 
 
 @triton.jit
-def only(code, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
-    """Zeros past the end, where a byte is shared with an entry that is not there."""
+def only(x, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """Zeros past the end, where a byte may be shared with an entry that is not there. Code 0 of NF4 and TERNARY2 is no zero."""
     if VECTOR:
-        return code
+        return x
     else:
-        return tl.where(places(ROWS, HALF, 1) < left, code, 0)
+        return tl.where(places(ROWS, HALF, 1) < left, x, 0)
 
 
 @triton.jit
@@ -385,7 +389,7 @@ def log6_span(x):
 
 @triton.jit
 def log6_codes(y, octaves, u):
-    """As `log4_codes`, for levels 0 and 2^((k - 31) octaves), k = 1 .. 31: y is between 0 and 1. The sign is left to the caller."""
+    """As `log4_codes`, for levels 0 and 2^((k - 31) octaves), k = 1 .. 31, and y between 0 and 1. The sign is the caller's."""
     logs = tl.maximum(log2(tl.maximum(y, 1e-30)), -100.0)
     number = tl.minimum(spread(logs, 1.0 / octaves) + 30.5 + MAGIC - MAGIC, 31.0)
     above = 1.0 / (tl.exp2(octaves) - 1.0)

@@ -39,18 +39,18 @@ from mango.kernel_formats import (
     read_param,
     root,
     write_param,
-)  # fmt: skip
+)
 
 ADAMW, ADAM, SGD, LION = (tl.constexpr(n) for n in range(4))
 LIMIT = tl.constexpr(10.0)                                   # rules.UPDATE_LIMIT
 # columns of the table of tensors (int64)
-COLUMNS = ("numel", "wide", "param", "grad", "correction", "m_codes", "m_scale", "v_codes", "v_scale", "v_low", "key", "hyper",
-           "place", "first_chunk", "chunks", "first_sum", "sums", "row_sums", "column_sums", "bands", "tiles",
+COLUMNS = ("numel", "wide", "param", "grad", "correction", "m_codes", "m_scale", "m_low", "v_codes", "v_scale", "v_low",
+           "key", "hyper", "place", "first_chunk", "chunks", "first_sum", "sums", "row_sums", "column_sums", "bands", "tiles",
            "layer", "sample_start", "sample_stride", "sample_count", "grad_type")  # fmt: skip
-(NUMEL, WIDE, PARAM, GRAD, CORRECTION, M_CODES, M_SCALE, V_CODES, V_SCALE, V_LOW, KEY, HYPER,
+(NUMEL, WIDE, PARAM, GRAD, CORRECTION, M_CODES, M_SCALE, M_LOW, V_CODES, V_SCALE, V_LOW, KEY, HYPER,
  PLACE, FIRST_CHUNK, CHUNKS, FIRST_SUM, SUMS, ROW_SUMS, COLUMN_SUMS, BANDS, TILES,
- LAYER, SAMPLE_START, SAMPLE_STRIDE, SAMPLE_COUNT, GRAD_TYPE) = (tl.constexpr(n) for n in range(26))  # fmt: skip
-T = tl.constexpr(26)
+ LAYER, SAMPLE_START, SAMPLE_STRIDE, SAMPLE_COUNT, GRAD_TYPE) = (tl.constexpr(n) for n in range(27))  # fmt: skip
+T = tl.constexpr(27)
 # columns of the table of a parameter group's numbers (float64)
 HYPERS = ("lr", "beta1", "beta2", "eps", "decoupled", "coupled", "sign")
 H_LR, H_BETA1, H_BETA2, H_EPS, H_DECOUPLED, H_COUPLED, H_SIGN = (tl.constexpr(n) for n in range(7))
@@ -125,14 +125,17 @@ def load_half(
     """Gradient, parameter and moments times `by`: (ROWS, 128) float32 each. `a`: addresses, in the order of the table."""
     g = decode(a[1], 0, 0, levels, -1.0 if MAXIMIZE else 1.0, at, left, G, HALF, ROWS, VECTOR)
     p = read_param(a[0], a[2], at, left, P, BITS, HALF, ROWS, VECTOR)
-    m = decode(a[3], a[4], 0, levels, by[0], at, left, M, HALF, ROWS, VECTOR)
+    if M == NONE:
+        m = tl.zeros([ROWS, 128], tl.float32)
+    else:
+        m = decode(a[3], a[4], a[5], levels, by[0], at, left, M, HALF, ROWS, VECTOR)
     if V == FACTORED:
-        row, column = factored((a[5], a[6]), place[0], place[1], place[2], left, HALF, ROWS, VECTOR, WITHIN)
+        row, column = factored((a[6], a[7]), place[0], place[1], place[2], left, HALF, ROWS, VECTOR, WITHIN)
         v = row * by[2] * column
     elif V == NONE:
         v = m
     else:
-        v = decode(a[5], a[6], a[7], levels, by[1], at, left, V, HALF, ROWS, VECTOR)
+        v = decode(a[6], a[7], a[8], levels, by[1], at, left, V, HALF, ROWS, VECTOR)
     return g, p, m, v
 
 
@@ -150,7 +153,7 @@ def update(
     row, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
     t, h = table + row * T, numbers + row * N
     a = (tl.load(t + PARAM), tl.load(t + GRAD), tl.load(t + CORRECTION), tl.load(t + M_CODES), tl.load(t + M_SCALE),
-         tl.load(t + V_CODES), tl.load(t + V_SCALE), tl.load(t + V_LOW))  # fmt: skip
+         tl.load(t + M_LOW), tl.load(t + V_CODES), tl.load(t + V_SCALE), tl.load(t + V_LOW))  # fmt: skip
     key = tl.load(t + KEY).to(tl.uint32) + tl.load(clock).to(tl.uint32) * GOLDEN
     EXACT: tl.constexpr = M == FLOAT32 and V == FLOAT32
     LIFTED: tl.constexpr = LIFT if V == UNSIGNED8 or V == LOG4 else 1.0  # noqa: SIM109 Triton has no `in`
@@ -181,14 +184,15 @@ def update(
         bits = hashes(mix(key + 3), at, ROWS) if P == BFLOAT16 and BITS == 0 else 0
         write_param(p0, a[0], a[2], bits, at, left, P, BITS, 0, ROWS, VECTOR)
         write_param(p1, a[0], a[2], bits, at, left, P, BITS, 1, ROWS, VECTOR)
-        bits = hashes(mix(key + 1), at, ROWS) if M == NF4 or M == TERNARY2 else 0  # noqa: SIM109
-        encode(m0, a[3], a[4], 0, levels, 0, bits, at, left, M, False, 0, ROWS, VECTOR)
-        encode(m1, a[3], a[4], 0, levels, 0, bits, at, left, M, False, 1, ROWS, VECTOR)
+        if M != NONE:
+            bits = hashes(mix(key + 1), at, ROWS) if M == LOG6 or M == NF4 or M == TERNARY2 else 0  # noqa: SIM109
+            encode(m0, a[3], a[4], a[5], levels, 0, bits, at, left, M, False, 0, ROWS, VECTOR)
+            encode(m1, a[3], a[4], a[5], levels, 0, bits, at, left, M, False, 1, ROWS, VECTOR)
         if V != NONE and V != FACTORED:
             bits = hashes(mix(key + 2), at, ROWS) if V != FLOAT32 else 0
             peak = tl.minimum(tl.maximum(largest(v0, 1), largest(v1, 1)), HUGE)
-            encode(v0, a[5], a[6], a[7], levels, peak, bits, at, left, V, True, 0, ROWS, VECTOR)
-            encode(v1, a[5], a[6], a[7], levels, peak, bits, at, left, V, True, 1, ROWS, VECTOR)
+            encode(v0, a[6], a[7], a[8], levels, peak, bits, at, left, V, True, 0, ROWS, VECTOR)
+            encode(v1, a[6], a[7], a[8], levels, peak, bits, at, left, V, True, 1, ROWS, VECTOR)
     if MEASURE:
         into = partials + 4 * (tl.load(t + FIRST_CHUNK) + start // CHUNK)
         tl.store(into, tl.sum(moved))

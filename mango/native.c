@@ -791,7 +791,7 @@ static void whole_job(Job *job, int threads) {
     }
     job->grad_sq = 0;
     for (int64_t s = 0; s < slabs; s++) job->grad_sq += totals[s];
-    job->finite = isfinite(job->grad_sq) ? 1 : 0;
+    job->finite = job->grad_sq < 0x1p127 ? 1 : 0;                        /* sums of squares by row and column are float */
     if (job->finite) {
         float mean = factored ? rows_mean(job, row_count) : 0.0f;
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (chunks > 1 && threads > 1)")

@@ -97,7 +97,7 @@ class PolicyNetwork(nn.Module):
     rebuilds the shapes. Weights are drawn from `generator` (or `seed`), never from the global one; `device="meta"` draws none.
 
     >>> PolicyNetwork("mlp", hidden=(32, 32))(torch.zeros(5, 64)).rung_logits.shape
-    torch.Size([5, 11])
+    torch.Size([5, 10])
     """
 
     def __init__(

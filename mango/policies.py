@@ -179,7 +179,8 @@ class WaterFillingPolicy:
     The errors were measured on each layer's own moments (features `error_*`); a layer weighs as many parameters as it
     has. Errors are not alike, so their squares are weighted: rounding the first moment is noise that averages out (1);
     a coarse second moment rescales steps, which costs less (`VARIANCE`); directions outside a subspace are never taken,
-    which costs more (`SUBSPACE`). To keep no first moment costs a fixed amount (`WITHOUT_MOMENTUM`). The weights reproduce the order of the rungs by loss in `benchmarks/ladder.py`.
+    which costs more (`SUBSPACE`). To keep no first moment costs a fixed amount (`WITHOUT_MOMENTUM`). The weights reproduce
+    the order of the rungs by loss in `benchmarks/ladder.py`.
     Errors below `tolerance` count as none, so bytes that buy nothing are not spent.
     """
 

@@ -51,7 +51,7 @@ class Rule:
     variance: bool = False
     decoupled: bool = True
     momentum: float = 0.0                                   # where the group gives none
-    by_chance: bool = True                                  # a first moment of few bits rounds by chance; Muon amplifies that noise
+    by_chance: bool = True                                  # how a first moment of few bits rounds; Muon amplifies that noise
 
 
 def adamw_update(

@@ -24,6 +24,7 @@ from mango.formats import SIGNED, UNSIGNED, gradient_codec
 from mango.lowrank import find, matricise, project, refresh, subspace, transport, unmatricise, unproject
 from mango.rules import RULES, Hyper, adamw_update, check_positive
 
+CPU = torch.device("cpu")
 REFRESH_EVERY = 50                     # steps between refreshes of a projector
 COMPONENTS = {
     "exp_avg": "momentum",
@@ -183,7 +184,7 @@ class TensorState:
     step: int = 0
     encoded: dict[str, Encoded] = field(default_factory=dict)
     correction: Tensor | None = None                         # of a bfloat16 parameter (`mango.master`)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     version: int = 0                                         # counts the times that something was stored in a new place
 
     @property
@@ -461,7 +462,8 @@ class TensorState:
         moments of the same step. In a subspace the part of the gradient outside it counts too, added in quadrature."""
         ideal = direction(exp_avg, exp_avg_sq)
         stored, stored_sq = self.moments()
-        error: Tensor = (direction(stored if self.config.has_momentum else exp_avg, stored_sq) - ideal).norm() / safe(ideal.norm())
+        stored = stored if self.config.has_momentum else exp_avg
+        error: Tensor = (direction(stored, stored_sq) - ideal).norm() / safe(ideal.norm())
         if not self.config.rank:
             return error
         p, matrix = self.encoded["projector"].decode(), matricise(grad)

@@ -135,10 +135,10 @@ def test_exploring_tries_rungs_around_a_policy_and_logs_their_probabilities() ->
         scored = isinstance(inner, WaterFillingPolicy)
         usual = [LADDER[int(r)] for r in inner.scores(seen).argmax(1)] if scored else [FULL] * len(seen)  # type: ignore[union-attr]
         same = np.array([a == b for a, b in zip(picked, usual, strict=True)])
-        share = 0.6 + 0.4 / 11                                   # kept, or drawn by chance
+        share = 0.6 + 0.4 / len(LADDER)                               # kept, or drawn by chance
         assert abs(same.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(same))
         assert policy.logp is not None and policy.logp.shape == (len(seen),)
-        assert np.allclose(np.exp(policy.logp[same]), share) and np.allclose(np.exp(policy.logp[~same]), 0.4 / 11)
+        assert np.allclose(np.exp(policy.logp[same]), share) and np.allclose(np.exp(policy.logp[~same]), 0.4 / len(LADDER))
 
 
 def test_logged_probabilities_reach_the_store(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mango.config import LADDER
 from mango.networks import PolicyNetwork
 from mango_env.adapters import to_d3rlpy
 from mango_env.cache import TrajectoryCache
@@ -58,7 +59,7 @@ def test_the_action_size_is_the_menus_whatever_the_data_hold(algo: str, riddle: 
     few = riddle.select(np.array([0]))
     built = d3rlpy_backend.build(algo, PolicyNetwork(hidden=(8,)), batch_size=4, learning_rate=1e-3, gamma=0.9)
     view = to_d3rlpy(few, "rung" if algo == "discrete-cql" else "continuous")
-    assert built.impl.action_size == view.dataset_info.action_size == (11 if algo == "discrete-cql" else 7)
+    assert built.impl.action_size == view.dataset_info.action_size == (len(LADDER) if algo == "discrete-cql" else 7)
 
 
 def test_ctrl_c_brings_back_what_was_learned(riddle: TrajectoryCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(frozen: Path) -> list[EvaluationRow]:
-    specs = ["adamw", "fixed:full", "fixed:7", "fixed:m4v0", "random", "water-filling", "adaptive", "scheduled", str(frozen)]
+    number = LADDER.index("m8v8")
+    specs = ["adamw", "fixed:full", f"fixed:{number}", "fixed:m4v0", "random", "water-filling", "adaptive", "scheduled", str(frozen)]
     return evaluate(specs, TINY, [0.5, 1.5], 2, ARGS)
 
 
@@ -121,11 +122,11 @@ def test_the_best_fixed_rung_is_the_best_that_fits(rows: list[EvaluationRow]) ->
 
 
 def test_a_sabotaged_policy_does_not_pass_the_gate() -> None:
-    """Real paired runs: rank 1 everywhere against 8 bits."""
+    """Real paired runs: a subspace at 4 bits everywhere, which tiny layers do not bear, against 4 bits."""
     budgets, seeds = [0.5, 1.5], range(3)
     args = replace(ARGS, horizon=40)
     sabotaged, good = (
-        returns_by_run(evaluate(spec, TINY, budgets, list(seeds), args)) for spec in ("fixed:m0v0", "fixed:m8v8")
+        returns_by_run(evaluate(spec, TINY, budgets, list(seeds), args)) for spec in ("fixed:r32p4q4v0", "fixed:m4v0")
     )
     assert not decide(sabotaged, good).accepted
     accepted = decide(good, sabotaged)

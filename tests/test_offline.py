@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mango.config import LADDER
 from mango.networks import PolicyNetwork
 from mango.policy_file import load_policy
 from mango_env.cache import TrajectoryCache, build_cache
@@ -111,7 +112,7 @@ def test_ctrl_c_keeps_the_last_checkpoint(riddle: TrajectoryCache, tmp_path: Pat
 
 
 def test_data_that_teach_nothing_are_named(tmp_path: Path) -> None:
-    write_puzzle(tmp_path / "same", 4, rung=7)
+    write_puzzle(tmp_path / "same", 4, rung=LADDER.index("m8v8"))
     write_puzzle(tmp_path / "one", 1)
     with pytest.raises(ValueError, match=r"all 48 decisions of the data are the same \(m8v8\)"):
         train(PolicyNetwork(hidden=(8,)), build_cache(tmp_path / "same"))

@@ -289,7 +289,8 @@ def test_named_policies_act_on_the_optimizer_s_own_ladder(name: str) -> None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [(torch.zeros(3, 5), "rung scores have shape"), (torch.full((3, len(LADDER)), torch.nan), "nan"),
-     (torch.full((3, len(LADDER)), torch.inf), "inf"), (torch.full((3, len(LADDER)), -torch.inf), "every rung of layer 0 is forbidden"),
+     (torch.full((3, len(LADDER)), torch.inf), "inf"),
+     (torch.full((3, len(LADDER)), -torch.inf), "every rung of layer 0 is forbidden"),
      (torch.zeros(2, 7, dtype=torch.int64), "actions have shape"),
      (torch.full((3, 7), 9), "outside"), ({"momentum_bits": 5}, "not on the menu")],
 )  # fmt: skip

@@ -68,7 +68,7 @@ def test_it_learns_a_contextual_bandit() -> None:
     trainer = PPOTrainer(net, lr=1e-2, gamma=0.0)
     kinds = torch.Generator().manual_seed(0)
     returns = []
-    for _ in range(20):
+    for _ in range(24):
         rewards = [play(net, trainer, 1.0 if torch.rand((), generator=kinds) < 0.5 else -1.0) for _ in range(64)]
         returns.append(sum(rewards) / 64)
         trainer.update_policy()

@@ -175,7 +175,7 @@ def test_inspect_finds_the_one_feature_that_a_policy_listens_to() -> None:
 
 
 def test_c18_phases_that_decisions_follow_are_found_separable() -> None:
-    by_phase = torch.eye(len(LADDER))[[10, 7, 3]]
+    by_phase = torch.eye(len(LADDER))[[LADDER.index(rung) for rung in ("full", "m8v8", "m4v0")]]
     seen = probe(Wired(lambda obs: by_phase[phases(obs)]), "digits_mlp", steps=100, budget=2.0)
     found = phase_separation(seen)
     assert found["silhouette"] > 0 and found["verdict"] == "phases are separable"
