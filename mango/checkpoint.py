@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def save(optimizer: "MANGO", plain: dict[str, Any]) -> dict[str, Any]:
     """Complete what torch's own `state_dict` gave: states flattened, and under "mango" what belongs to no one tensor."""
     optimizer.pager.settle()
+    optimizer.skipped += optimizer.fused.settle()
     plain["state"] = {i: state["tensor"].to_plain() for i, state in plain["state"].items()}
     inner = getattr(optimizer.policy, "state_dict", None)
     plain["mango"] = {

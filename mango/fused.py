@@ -42,6 +42,10 @@ class Moves:
     param_norm: NDArray[np.float64]
     alignment: NDArray[np.float64]                           # cosine of first moment and gradient
 
+    def on_host(self) -> "Moves":
+        """Itself: nothing has to be waited for."""
+        return self
+
 
 class FusedUpdate:
     """Updates tensors by the CPU kernels. Keeps one row per tensor, filled anew when its state was stored anew."""
@@ -50,6 +54,7 @@ class FusedUpdate:
         self._row = {target: i for i, target in enumerate(targets)}
         self._jobs: NDArray[Any] = np.zeros(len(targets), native.JOB)
         self._versions = [-1] * len(targets)
+        self._skipped = 0
         self._keys = np.array([noise.step_key(seed, i, 0) for i in range(len(targets))], dtype=np.uint64)
         self._statistics = statistics
 
@@ -100,6 +105,7 @@ class FusedUpdate:
         if (jobs["finite"] == 2).any():
             raise MemoryError("the CPU kernels could not allocate their scratch space")
         finite = jobs["finite"] == 1
+        self._skipped += int((~finite).sum())
         for w, good in zip(work, finite.tolist(), strict=True):
             w.state.step += good
         norms = np.sqrt(jobs["grad_sq"])
@@ -109,6 +115,11 @@ class FusedUpdate:
         with np.errstate(invalid="ignore", divide="ignore"):
             alignment = np.nan_to_num(jobs["momentum_grad"] / (np.sqrt(jobs["momentum_sq"]) * norms))
         return Moves(finite, norms, np.sqrt(jobs["moved_sq"]), np.sqrt(jobs["param_sq"]), alignment)
+
+    def settle(self) -> int:
+        """How many gradients were left out since the last time."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
 
     def _hyper(self, jobs: NDArray[Any], work: Sequence[Work]) -> None:
         known: dict[tuple[int, str, bool], tuple[float, ...]] = {}

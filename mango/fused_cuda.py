@@ -27,6 +27,7 @@ from mango.rules import RULES, Hyper
 from mango.state import Target, TensorState
 from mango.statistics import NORM_DECAY, GradientStatistics
 
+NUMBERS = 15                                 # of a tensor at a step
 ALIGNMENT = 16                               # bytes of the widest access
 WARPS = 4                                    # per program
 REGISTERS = 96                               # per thread, so that five programs share a multiprocessor; no kernel spills
@@ -55,7 +56,7 @@ class Combination(NamedTuple):
 class DeviceMoves:
     """`Moves` on the device, by tensor: (n,) each. Norms of updates and moments only where they were asked for."""
 
-    numbers: Tensor                          # (n, 16) float32
+    numbers: Tensor                          # (n, NUMBERS) float32, as kernels.prepare leaves them
     sums: Tensor                             # (n, 4) float32: move^2, parameter^2, moment^2, moment times gradient
 
     @property
@@ -97,6 +98,7 @@ class Plan:
     squares: dict[tuple[int, bool], Tensor]                  # by type of gradient and vector: (C, 2) row, first entry
     matrices: dict[tuple[int, bool, int], Tensor]            # and by width of a tile: (S, 3) row, band, tile
     segments: Tensor | None                                  # (S, 3) row, kind, first factor
+    hypers: set[tuple[int, str, bool]]                       # as `_hyper_place` takes them
     partials: int                                            # numbers of scratch memory: chunks of `updates`,
     sums: int                                                # sums of squares of chunks and tiles,
     scratch: int                                             # sums of squares by row and by column
@@ -137,6 +139,7 @@ class FusedUpdateCUDA:
         self._versions = [-1] * len(targets)
         self._steps = [0] * len(targets)                     # what the device has, but for gradients left out
         self._odd = [False] * len(targets)                   # no vectors, whatever parameter and gradient are
+        self._known: dict[Target, tuple[TensorState, tuple[Any, ...], bool]] = {}        # what `covers` said, of what
         self._compiled: dict[tuple[Combination, bool], bool] = {}
         self._kernels: Any = None                            # False where they cannot be had
         self._plans: dict[Any, Plan] = {}
@@ -174,6 +177,13 @@ class FusedUpdateCUDA:
     def covers(self, target: Target, state: TensorState) -> bool:
         """Whether the tensor's update can be fused. Compiles what it needs; where that fails there is one warning."""
         param = target.local
+        mark = (state.version, param.dtype, param.device, param.shape, param.is_contiguous(), target.group["maximize"])
+        known = self._known.get(target)
+        if known is None or known[0] is not state or known[1] != mark:
+            known = self._known[target] = (state, mark, self._covers(target, param, state))
+        return known[2]
+
+    def _covers(self, target: Target, param: Tensor, state: TensorState) -> bool:
         plain = type(param) in (Tensor, torch.nn.Parameter) and param.device == self.device and param.is_contiguous()
         if not plain or param.dtype not in native.PARAM_TYPES or param.numel() == 0 or param.shape != state.shape:
             return False
@@ -251,7 +261,7 @@ class FusedUpdateCUDA:
             else:
                 self._clock.fill_(step)
             self._clock_host = step
-            self._set_hypers({(id(w.target.group), w.state.rule, w.state.has_momentum) for w in work})
+            self._set_hypers(plan.hypers)
             moves = self._launch(plan, measure and all(self._compiles(c, True) for c in plan.updates))
         torch.autograd.graph.increment_version([w.target.local for w in work])    # backward through old weights is an error
         for w in work:
@@ -273,7 +283,7 @@ class FusedUpdateCUDA:
     def _launch(self, plan: Plan, measure: bool) -> DeviceMoves:
         k, table, tables, n = self._kernels, plan.table, self._statistics, len(plan.host)
         sums, scratch, partials = self._empty(plan.sums), self._empty(plan.scratch), self._empty(4 * plan.partials * measure)
-        numbers, results = self._empty(n, 16), self._empty(n, 4)
+        numbers, results = self._empty(n, NUMBERS), self._empty(n, 4)
         common = {"enable_fp_fusion": True}
         for (grad, vector), chunks in plan.squares.items():
             k.square_sums[(len(chunks),)](table, chunks, sums, G=grad, VECTOR=vector, CHUNK=self._sum_chunk, WIDTH=4096, **common)
@@ -324,8 +334,7 @@ class FusedUpdateCUDA:
             hyper = Hyper.of({**group, "lr": lr}, rule)
             hyper = hyper if keeps else hyper.without_momentum()
             beta1, decay = hyper.momentum if rule == "sgd" else hyper.betas[0], hyper.weight_decay
-            sign = -1 if group["maximize"] else 1
-            wanted[place] = (hyper.lr, beta1, hyper.betas[1], hyper.eps, decay * decoupled, decay * (not decoupled), sign)
+            wanted[place] = (hyper.lr, beta1, hyper.betas[1], hyper.eps, decay * decoupled, decay * (not decoupled))
         if not np.array_equal(wanted, self._hyper):
             self._upload(wanted, self._hyper_table)
             self._hyper = wanted
@@ -410,5 +419,6 @@ class FusedUpdateCUDA:
             {key: self._upload(chunk_table(members, self._chunk)) for key, members in updates.items()},
             {key: self._upload(chunk_table(members, self._sum_chunk)) for key, members in squares.items()},
             {key: self._upload(np.concatenate(grids).astype(np.int64)) for key, grids in matrices.items()},
-            self._upload(np.concatenate(segments).astype(np.int64)) if segments else None, partials, sums, scratch,
+            self._upload(np.concatenate(segments).astype(np.int64)) if segments else None,
+            {(id(w.target.group), w.state.rule, w.state.has_momentum) for w in work}, partials, sums, scratch,
         )  # fmt: skip

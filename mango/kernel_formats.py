@@ -118,10 +118,10 @@ def write(x, base, at, left, TYPE: tl.constexpr, PER: tl.constexpr, HALF: tl.con
 @triton.jit
 def blocks(ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """Numbers of the half's blocks, counted from the tile's first: (ROWS, blocks of a half)."""
-    PER: tl.constexpr = max(1, 128 // BLOCK)
     if BLOCK == 256:
         return tl.arange(0, ROWS)[:, None]
     else:
+        PER: tl.constexpr = 128 // BLOCK
         return tl.arange(0, ROWS)[:, None] * (2 * PER) + HALF * PER + tl.arange(0, PER)[None, :]
 
 
@@ -244,7 +244,7 @@ def decode(
         x = (unpack(read(codes, at, left, tl.uint8, 4, HALF, ROWS, VECTOR, 0x55), 2) - 1).to(tl.float32)
         return spread(only(x, left, HALF, ROWS, VECTOR), read_scale(scale, at, left, tl.bfloat16, 64, HALF, ROWS) * by)
     elif FORMAT == LOG6:
-        code = read6(codes, at, left, HALF, ROWS)
+        code = read6(codes, at, left, HALF, ROWS, VECTOR)
         octaves = read_scale(low, at, left, tl.uint8, 64, HALF, ROWS) * LOG6_OCTAVES
         size = tl.where((code & 31) == 0, 0.0, tl.exp2(spread(((code & 31) - 31).to(tl.float32), octaves)))
         signed = (size.to(tl.int32, bitcast=True) | (code >> 5 << 31)).to(tl.float32, bitcast=True)
@@ -306,13 +306,13 @@ def encode(
         code = tl.where(up, tl.where(x > 0, 2, 0), 1)
         write(pack(only(code, left, HALF, ROWS, VECTOR), 2), codes, at, left, tl.uint8, 4, HALF, ROWS, VECTOR)
     elif FORMAT == LOG6:
-        absmax = bfloat16(largest(tl.abs(x), 2))
-        span = log6_span(x)
+        high, span = log6_span(x)
+        absmax = bfloat16(high)
         write_scale(absmax, scale, at, left, tl.bfloat16, 64, HALF, ROWS)
         write_scale(span.to(tl.uint8), low, at, left, tl.uint8, 64, HALF, ROWS)
         y = tl.abs(spread(x, inverse(absmax.to(tl.float32), 1.0)))
         code = log6_codes(y, span.to(tl.float32) * LOG6_OCTAVES, share_of(bits, HALF))
-        write6(code | tl.where((x < 0) & (code > 0), 32, 0), codes, at, left, HALF, ROWS)
+        write6(code | tl.where((x < 0) & (code > 0), 32, 0), codes, at, left, HALF, ROWS, VECTOR)
     elif FORMAT == UNSIGNED8:
         if HALF == 0:
             write_scale(peak * (1.0 / LIFT), scale, at, left, tl.float32, 256, 0, ROWS)
@@ -378,47 +378,68 @@ def log4_codes(x, low, high, u):
 
 @triton.jit
 def log6_span(x):
-    """In fiftieths of a nat: int32 (ROWS, 2). Logarithms are read off the floats' bits; sums of whole numbers are exact."""
+    """The largest magnitudes, float32 (ROWS, 2), and the spans in fiftieths of a nat, int32 (ROWS, 2). Logarithms are read off the
+    floats' bits; sums of whole numbers are exact."""
     bits = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [x.shape[0], 2, 64])
-    some = tl.where(bits > 0, 1, 0)
-    below = tl.minimum((tl.max(bits, 2)[:, :, None] - bits) >> 16, 4095) * some
-    count, total, squares = tl.sum(some, 2).to(tl.int64), tl.sum(below, 2).to(tl.int64), tl.sum(below * below, 2).to(tl.int64)
-    variance = (count * squares - total * total).to(tl.float32) / tl.maximum(count * count, 1).to(tl.float32) * LOG6_SQUARE
-    return tl.maximum((240.0 * tl.sqrt(variance / (variance + 0.6)) + MAGIC).to(tl.int32, bitcast=True) & 255, 1)
+    high = tl.max(bits, 2)
+    below = tl.where(bits > 0, tl.minimum((high[:, :, None] - bits) >> 16, 4095), 0)
+    squares, both = tl.sum(below * below, 2).to(tl.int64), tl.sum(below + tl.where(bits > 0, 1 << 20, 0), 2)
+    total, count = (both & 0xFFFFF).to(tl.int64), (both >> 20).to(tl.int64)
+    variance = quotient((count * squares - total * total).to(tl.float32), tl.maximum(count * count, 1).to(tl.float32)) * LOG6_SQUARE
+    span = 240.0 * tl.sqrt(quotient(variance, variance + 0.6))
+    return high.to(tl.float32, bitcast=True), tl.maximum((span + MAGIC).to(tl.int32, bitcast=True) & 255, 1)
 
 
 @triton.jit
 def log6_codes(y, octaves, u):
     """As `log4_codes`, for levels 0 and 2^((k - 31) octaves), k = 1 .. 31, and y between 0 and 1. The sign is the caller's."""
-    logs = tl.maximum(log2(tl.maximum(y, 1e-30)), -100.0)
-    number = tl.minimum(spread(logs, 1.0 / octaves) + 30.5 + MAGIC - MAGIC, 31.0)
-    above = 1.0 / (tl.exp2(octaves) - 1.0)
-    f = spread(tl.exp2(logs - spread(number - 31.0, octaves)) - 1.0, above) + number
-    f = tl.where(number < 1.0, spread(y, tl.exp2(30.0 * octaves)), f)                      # below the least level
+    logs = log2(tl.maximum(y, 1e-30))
+    number = tl.minimum(spread(logs, quotient(1.0, octaves)) - 0.5 + MAGIC - MAGIC, 0.0)   # -31 .. 0
+    above = quotient(1.0, tl.exp2(octaves) - 1.0)
+    f = spread(tl.exp2(logs - spread(number, octaves)), above) + (number + spread(tl.full(y.shape, 1.0, tl.float32), 31.0 - above))
+    f = tl.where(number < -30.5, spread(y, tl.exp2(30.0 * octaves)), f)                    # below the least level
     return (tl.minimum(f + (0.49999997 - u), 31.0) + MAGIC).to(tl.int32, bitcast=True) & 31
 
 
 @triton.jit
-def read6(base, at, left, HALF: tl.constexpr, ROWS: tl.constexpr):
+def words6(base, at, HALF: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Pointers to the three bytes, or the three pairs of them, of each 4 or 8 codes of 6 bits; and the codes' places."""
+    where = places(ROWS, HALF, 4 * BYTES)
+    pointer = base.to(tl.pointer_type(tl.uint16 if BYTES == 2 else tl.uint8)) + at // (4 * BYTES) * 3 + where * 3
+    return pointer, where * (4 * BYTES)
+
+
+@triton.jit
+def read6(base, at, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
     """Codes of 6 bits, four in three bytes: int32 (ROWS, 128)."""
-    where = places(ROWS, HALF, 4) * 3
-    pointer = base.to(tl.pointer_type(tl.uint8)) + at // 4 * 3 + where
-    first, second = tl.load(pointer, where * 4 < left * 3, 0), tl.load(pointer + 1, where * 4 + 4 < left * 3, 0)
-    third = tl.load(pointer + 2, where * 4 + 8 < left * 3, 0)
-    word = first.to(tl.int32) | second.to(tl.int32) << 8 | third.to(tl.int32) << 16
+    if VECTOR:                                                             # eight in three pairs of bytes
+        pointer, where = words6(base, at, HALF, ROWS, 2)
+        first, second = tl.load(pointer, where < left, 0).to(tl.int32), tl.load(pointer + 1, where < left, 0).to(tl.int32)
+        third = tl.load(pointer + 2, where < left, 0).to(tl.int32)
+        word = tl.reshape(tl.join(first | (second & 255) << 16, second >> 8 | third << 8), [ROWS, 32])
+    else:
+        pointer, where = words6(base, at, HALF, ROWS, 1)
+        first, second = tl.load(pointer, where < left, 0).to(tl.int32), tl.load(pointer + 1, where + 1 < left, 0).to(tl.int32)
+        word = first | second << 8 | tl.load(pointer + 2, where + 2 < left, 0).to(tl.int32) << 16
     return four(word & 63, word >> 6 & 63, word >> 12 & 63, word >> 18)
 
 
 @triton.jit
-def write6(codes, base, at, left, HALF: tl.constexpr, ROWS: tl.constexpr):
+def write6(codes, base, at, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
     """Undo `read6`."""
     first, second, third, fourth = quarters(codes)
     word = first | second << 6 | third << 12 | fourth << 18
-    where = places(ROWS, HALF, 4) * 3
-    pointer = base.to(tl.pointer_type(tl.uint8)) + at // 4 * 3 + where
-    tl.store(pointer, word.to(tl.uint8), where * 4 < left * 3)
-    tl.store(pointer + 1, (word >> 8).to(tl.uint8), where * 4 + 4 < left * 3)
-    tl.store(pointer + 2, (word >> 16).to(tl.uint8), where * 4 + 8 < left * 3)
+    if VECTOR:
+        pointer, where = words6(base, at, HALF, ROWS, 2)
+        one, other = tl.split(tl.reshape(word, [ROWS, 16, 2]))
+        tl.store(pointer, one.to(tl.uint16), where < left)
+        tl.store(pointer + 1, (one >> 16 | other << 8).to(tl.uint16), where < left)
+        tl.store(pointer + 2, (other >> 8).to(tl.uint16), where < left)
+    else:
+        pointer, where = words6(base, at, HALF, ROWS, 1)
+        tl.store(pointer, word.to(tl.uint8), where < left)
+        tl.store(pointer + 1, (word >> 8).to(tl.uint8), where + 1 < left)
+        tl.store(pointer + 2, (word >> 16).to(tl.uint8), where + 2 < left)
 
 
 # ---- parameters (master.py) ----

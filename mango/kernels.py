@@ -52,36 +52,38 @@ COLUMNS = ("numel", "wide", "param", "grad", "correction", "m_codes", "m_scale",
  LAYER, SAMPLE_START, SAMPLE_STRIDE, SAMPLE_COUNT, GRAD_TYPE) = (tl.constexpr(n) for n in range(27))  # fmt: skip
 T = tl.constexpr(27)
 # columns of the table of a parameter group's numbers (float64)
-HYPERS = ("lr", "beta1", "beta2", "eps", "decoupled", "coupled", "sign")
-H_LR, H_BETA1, H_BETA2, H_EPS, H_DECOUPLED, H_COUPLED, H_SIGN = (tl.constexpr(n) for n in range(7))
-H = tl.constexpr(7)
+HYPERS = ("lr", "beta1", "beta2", "eps", "decoupled", "coupled")
+H_LR, H_BETA1, H_BETA2, H_EPS, H_DECOUPLED, H_COUPLED = (tl.constexpr(n) for n in range(6))
+H = tl.constexpr(6)
 # columns of a tensor's numbers at a step (float32), made by `prepare`
 (FINITE, GRAD_SQ, LR, DECAY, COUPLED, BETA1, FRESH1, BETA2, FRESH2, EPS, ROOT2, STRIDE,
- UNDER_ROOT, UNDER_EPS, SHARE, SIGN) = (tl.constexpr(n) for n in range(16))  # fmt: skip
-N = tl.constexpr(16)
+ UNDER_ROOT, UNDER_EPS, SHARE) = (tl.constexpr(n) for n in range(15))  # fmt: skip
+N = tl.constexpr(15)
 
 
 # ---- the rules (rules.py) ----
 @triton.jit
-def apply_rule(g, p, m, v, n, RULE: tl.constexpr, EXACT: tl.constexpr):
-    """(parameter, first moment, second moment) after the step, by the numbers `n` of `rule_numbers`. m comes times beta1 and
+def apply_rule(
+    g, p, m, v, beta1, fresh1, beta2, fresh2, lr, eps, root2, stride, RULE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """(parameter, first moment, second moment) after the step, by the numbers that `rule_numbers` gives. m comes times beta1 and
     v times beta2, but not with EXACT, nor m with LION."""
     if EXACT:                                                              # the operations of torch.optim.AdamW, in its order
-        m = tl.fma(n[1], g - m, m)
-        v = tl.fma(n[3] * g, g, v * n[2])
-        p += tl.div_rn(n[7] * m, tl.div_rn(tl.sqrt_rn(v), n[6]) + n[5])
+        m = tl.fma(fresh1, g - m, m)
+        v = tl.fma(fresh2 * g, g, v * beta2)
+        p += tl.div_rn(stride * m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
     elif RULE == SGD:
         m += g
-        p -= n[4] * m
+        p -= lr * m
     elif RULE == LION:
-        c = n[0] * m + n[1] * g
-        p -= n[4] * tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
-        m = n[2] * m + n[3] * g
+        c = beta1 * m + fresh1 * g
+        p -= lr * tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
+        m = beta2 * m + fresh2 * g
     else:
-        m = tl.fma(n[1], g, m)
-        v = tl.fma(n[3] * g, g, v)
-        move = quotient(m, tl.fma(root(v), n[6], n[5]))
-        p += tl.where(v > 0, tl.minimum(tl.maximum(move, -n[7]), n[7]), 0.0)
+        m = tl.fma(fresh1, g, m)
+        v = tl.fma(fresh2 * g, g, v)
+        move = quotient(m, tl.fma(root(v), root2, eps))
+        p += tl.where(v > 0, tl.minimum(tl.maximum(move, -stride), stride), 0.0)
     return p, m, v
 
 
@@ -100,42 +102,41 @@ def rule_numbers(h, lifted, EXACT: tl.constexpr):
 
 @triton.jit
 def factored(
-    factor, first, column, wide, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr, WITHIN: tl.constexpr
+    rows, columns, first, column, wide, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr, WITHIN: tl.constexpr
 ):  # fmt: skip
-    """The second moment by row and column factors (addresses in `factor`), not yet divided by the rows' mean: (ROWS, 128). The
-    tile starts at `column` (it may be past the end) of row `first` of a matrix `wide` columns wide. WITHIN: no half of a row of
-    256 entries goes over the end of a matrix row."""
+    """Row and column factors of the entries: (ROWS, 1) or (ROWS, 128), and (ROWS, 128). The tile starts at `column` (it may be past
+    the end) of row `first` of a matrix `wide` columns wide. WITHIN: no half of a row of 256 entries goes over a matrix row's end."""
     where = places(ROWS, HALF, 1)
     start = places(ROWS, HALF, 128) * 128 if WITHIN else where
     r = ((start + column).to(tl.uint32) // wide.to(tl.uint32)).to(tl.int32)
     c = where + (column - r * wide)
     if WITHIN and VECTOR:
         c = tl.multiple_of(c, [1, 8])
-    row = tl.load(factor[0].to(tl.pointer_type(tl.float32)) + first + r, start < left, 0.0)
-    return row, tl.load(address(factor[1], 0, tl.float32, 1, VECTOR) + c, inside(where, left, 1, VECTOR), 0.0)
+    row = tl.load(rows.to(tl.pointer_type(tl.float32)) + first + r, start < left, 0.0)
+    return row, tl.load(address(columns, 0, tl.float32, 1, VECTOR) + c, inside(where, left, 1, VECTOR), 0.0)
 
 
 # ---- the kernels ----
 @triton.jit
 def load_half(
-    at, left, place, a, levels, by,
+    at, left, first, column, wide, param, grad, correction, m_codes, m_scale, m_low, v_codes, v_scale, v_low, levels, by1, by2, share,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
     MAXIMIZE: tl.constexpr, WITHIN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, parameter and moments times `by`: (ROWS, 128) float32 each. `a`: addresses, in the order of the table."""
-    g = decode(a[1], 0, 0, levels, -1.0 if MAXIMIZE else 1.0, at, left, G, HALF, ROWS, VECTOR)
-    p = read_param(a[0], a[2], at, left, P, BITS, HALF, ROWS, VECTOR)
+    """Gradient, parameter, m times `by1` and v times `by2` (by factors: times `share`): (ROWS, 128) float32 each."""
+    g = decode(grad, 0, 0, levels, -1.0 if MAXIMIZE else 1.0, at, left, G, HALF, ROWS, VECTOR)
+    p = read_param(param, correction, at, left, P, BITS, HALF, ROWS, VECTOR)
     if M == NONE:
         m = tl.zeros([ROWS, 128], tl.float32)
     else:
-        m = decode(a[3], a[4], a[5], levels, by[0], at, left, M, HALF, ROWS, VECTOR)
+        m = decode(m_codes, m_scale, m_low, levels, by1, at, left, M, HALF, ROWS, VECTOR)
     if V == FACTORED:
-        row, column = factored((a[6], a[7]), place[0], place[1], place[2], left, HALF, ROWS, VECTOR, WITHIN)
-        v = row * by[2] * column
+        row, col = factored(v_codes, v_scale, first, column, wide, left, HALF, ROWS, VECTOR, WITHIN)
+        v = row * share * col
     elif V == NONE:
         v = m
     else:
-        v = decode(a[6], a[7], a[8], levels, by[1], at, left, V, HALF, ROWS, VECTOR)
+        v = decode(v_codes, v_scale, v_low, levels, by2, at, left, V, HALF, ROWS, VECTOR)
     return g, p, m, v
 
 
@@ -152,47 +153,53 @@ def update(
     """
     row, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
     t, h = table + row * T, numbers + row * N
-    a = (tl.load(t + PARAM), tl.load(t + GRAD), tl.load(t + CORRECTION), tl.load(t + M_CODES), tl.load(t + M_SCALE),
-         tl.load(t + M_LOW), tl.load(t + V_CODES), tl.load(t + V_SCALE), tl.load(t + V_LOW))  # fmt: skip
+    param, grad, correction = tl.load(t + PARAM), tl.load(t + GRAD), tl.load(t + CORRECTION)
+    m_codes, m_scale, m_low = tl.load(t + M_CODES), tl.load(t + M_SCALE), tl.load(t + M_LOW)
+    v_codes, v_scale, v_low = tl.load(t + V_CODES), tl.load(t + V_SCALE), tl.load(t + V_LOW)
     key = tl.load(t + KEY).to(tl.uint32) + tl.load(clock).to(tl.uint32) * GOLDEN
     EXACT: tl.constexpr = M == FLOAT32 and V == FLOAT32
     LIFTED: tl.constexpr = LIFT if V == UNSIGNED8 or V == LOG4 else 1.0  # noqa: SIM109 Triton has no `in`
-    n = rule_numbers(h, LIFTED, EXACT)
-    by = (1.0 if EXACT or RULE == LION else n[0], 1.0 if EXACT else n[2], tl.load(h + SHARE) * n[2])
-    decay, coupled = tl.load(h + DECAY), tl.load(h + COUPLED)
-    wide = tl.load(t + WIDE)
+    beta1, fresh1, beta2, fresh2, lr, eps, root2, stride = rule_numbers(h, LIFTED, EXACT)
+    by1 = 1.0 if EXACT or RULE == LION else beta1
+    by2 = 1.0 if EXACT else beta2
+    share, decay, coupled, wide = tl.load(h + SHARE) * beta2, tl.load(h + DECAY), tl.load(h + COUPLED), tl.load(t + WIDE)
     first, column = start // wide, start % wide - start
     moved, size = tl.zeros([ROWS, 128], tl.float32), tl.zeros([ROWS, 128], tl.float32)
     squares, dots = tl.zeros([ROWS, 128], tl.float32), tl.zeros([ROWS, 128], tl.float32)
     stop = tl.where(tl.load(h + FINITE) > 0, tl.minimum(start + CHUNK, tl.load(t + NUMEL)), start)
     for at in range(start, stop, ROWS * 256):
         left = tl.minimum(stop - at, ROWS * 256).to(tl.int32)
-        place = (first, (column + at).to(tl.int32), wide.to(tl.int32))
-        g0, q0, m0, v0 = load_half(at, left, place, a, levels, by, P, G, M, V, BITS, MAXIMIZE, WITHIN, 0, ROWS, VECTOR)
-        g1, q1, m1, v1 = load_half(at, left, place, a, levels, by, P, G, M, V, BITS, MAXIMIZE, WITHIN, 1, ROWS, VECTOR)
+        g0, q0, m0, v0 = load_half(
+            at, left, first, (column + at).to(tl.int32), wide.to(tl.int32), param, grad, correction, m_codes, m_scale, m_low,
+            v_codes, v_scale, v_low, levels, by1, by2, share, P, G, M, V, BITS, MAXIMIZE, WITHIN, 0, ROWS, VECTOR,
+        )  # fmt: skip
+        g1, q1, m1, v1 = load_half(
+            at, left, first, (column + at).to(tl.int32), wide.to(tl.int32), param, grad, correction, m_codes, m_scale, m_low,
+            v_codes, v_scale, v_low, levels, by1, by2, share, P, G, M, V, BITS, MAXIMIZE, WITHIN, 1, ROWS, VECTOR,
+        )  # fmt: skip
         if RULE == ADAM or RULE == SGD:  # noqa: SIM109
             g0, g1, p0, p1 = g0 + coupled * q0, g1 + coupled * q1, q0, q1
         else:
             p0, p1 = q0 * decay, q1 * decay
-        p0, m0, v0 = apply_rule(g0, p0, m0, v0, n, RULE, EXACT)
-        p1, m1, v1 = apply_rule(g1, p1, m1, v1, n, RULE, EXACT)
+        p0, m0, v0 = apply_rule(g0, p0, m0, v0, beta1, fresh1, beta2, fresh2, lr, eps, root2, stride, RULE, EXACT)
+        p1, m1, v1 = apply_rule(g1, p1, m1, v1, beta1, fresh1, beta2, fresh2, lr, eps, root2, stride, RULE, EXACT)
         if MEASURE:
             moved += (p0 - q0) * (p0 - q0) + (p1 - q1) * (p1 - q1)
             size += p0 * p0 + p1 * p1
             squares += m0 * m0 + m1 * m1
             dots += m0 * g0 + m1 * g1
         bits = hashes(mix(key + 3), at, ROWS) if P == BFLOAT16 and BITS == 0 else 0
-        write_param(p0, a[0], a[2], bits, at, left, P, BITS, 0, ROWS, VECTOR)
-        write_param(p1, a[0], a[2], bits, at, left, P, BITS, 1, ROWS, VECTOR)
+        write_param(p0, param, correction, bits, at, left, P, BITS, 0, ROWS, VECTOR)
+        write_param(p1, param, correction, bits, at, left, P, BITS, 1, ROWS, VECTOR)
         if M != NONE:
-            bits = hashes(mix(key + 1), at, ROWS) if M == LOG6 or M == NF4 or M == TERNARY2 else 0  # noqa: SIM109
-            encode(m0, a[3], a[4], a[5], levels, 0, bits, at, left, M, False, 0, ROWS, VECTOR)
-            encode(m1, a[3], a[4], a[5], levels, 0, bits, at, left, M, False, 1, ROWS, VECTOR)
+            bits = hashes(mix(key + 1), at, ROWS) if M == LOG6 or (M == NF4 or M == TERNARY2) else 0  # noqa: SIM109
+            encode(m0, m_codes, m_scale, m_low, levels, 0, bits, at, left, M, False, 0, ROWS, VECTOR)
+            encode(m1, m_codes, m_scale, m_low, levels, 0, bits, at, left, M, False, 1, ROWS, VECTOR)
         if V != NONE and V != FACTORED:
             bits = hashes(mix(key + 2), at, ROWS) if V != FLOAT32 else 0
             peak = tl.minimum(tl.maximum(largest(v0, 1), largest(v1, 1)), HUGE)
-            encode(v0, a[6], a[7], a[8], levels, peak, bits, at, left, V, True, 0, ROWS, VECTOR)
-            encode(v1, a[6], a[7], a[8], levels, peak, bits, at, left, V, True, 1, ROWS, VECTOR)
+            encode(v0, v_codes, v_scale, v_low, levels, peak, bits, at, left, V, True, 0, ROWS, VECTOR)
+            encode(v1, v_codes, v_scale, v_low, levels, peak, bits, at, left, V, True, 1, ROWS, VECTOR)
     if MEASURE:
         into = partials + 4 * (tl.load(t + FIRST_CHUNK) + start // CHUNK)
         tl.store(into, tl.sum(moved))
@@ -284,7 +291,6 @@ def prepare(table, hypers, sums, counts, numbers, WIDTH: tl.constexpr):
     tl.store(into + EPS, eps.to(tl.float32))
     tl.store(into + ROOT2, tl.sqrt(correction2).to(tl.float32))
     tl.store(into + STRIDE, (-lr / correction1).to(tl.float32))
-    tl.store(into + SIGN, tl.load(h + H_SIGN).to(tl.float32))
     tl.store(into + UNDER_ROOT, (over / tl.sqrt(correction2)).to(tl.float32))
     tl.store(into + UNDER_EPS, (over * eps).to(tl.float32))
     if tl.load(t + BANDS) > 0:
@@ -316,7 +322,6 @@ def finish(
             x = tl.load(tl.load(t + GRAD).to(tl.pointer_type(tl.float32)) + where, mask, 0)
         else:
             x = tl.load(tl.load(t + GRAD).to(tl.pointer_type(tl.bfloat16)) + where, mask, 0).to(tl.float32)
-        x *= tl.load(h + SIGN)
         before, now, taken = tl.load(previous + at, mask, 0), tl.load(mean + at, mask, 0), tl.load(count + layer) + 1
         after = now + (x - now) / taken
         tl.store(mean + at, after, mask)

@@ -722,8 +722,10 @@ static double square_sums(const Job *job, int64_t start, int64_t stop, float *ro
         int64_t entries = stop - at < BLOCK ? stop - at : BLOCK;
         load_gradient(job, at, entries, g);
         float sum = 0;
-        _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < BLOCK; j++) sum += g[j] * g[j];
-        total += sum;
+        if (!columns || coupled != 0) {
+            _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < BLOCK; j++) sum += g[j] * g[j];
+            total += sum;
+        }
         if (!columns) continue;
         if (coupled != 0) {
             load_param(job, at, entries, p);
@@ -736,6 +738,7 @@ static double square_sums(const Job *job, int64_t start, int64_t stop, float *ro
             sum = 0;
             _Pragma("omp simd reduction(+ : sum)") for (int64_t j = from; j < to; j++) { float s = g[j] * g[j]; sum += s; into[j] += s; }
             rows[r] += sum;
+            if (coupled == 0) total += sum;
             from = to;
         }
     }

@@ -19,6 +19,7 @@ from mango.allocation import Allocator, released
 from mango.codecs import safe
 from mango.config import FULL, LADDER, CompressionConfig, Ladder
 from mango.fused import FusedUpdate, Work
+from mango.fused_cuda import DeviceMoves, FusedUpdateCUDA
 from mango.layers import Layer, describe
 from mango.loss_track import LossTrack
 from mango.master import MASTER_BITS, correction_bytes, new_correction
@@ -200,7 +201,11 @@ class MANGO(Budgeted):
 
     def new_fused(self) -> None:
         """Forget the addresses of stored tensors: others are in their places."""
-        self.fused = FusedUpdate(self.targets, self.statistics, self.seed)
+        self.fused: FusedUpdate | FusedUpdateCUDA
+        if self._device().type == "cuda":
+            self.fused = FusedUpdateCUDA(self.targets, self.statistics, self.seed, self.strict)
+        else:
+            self.fused = FusedUpdate(self.targets, self.statistics, self.seed)
 
     def _list_targets(self) -> Iterable[Target]:
         layers = 0
@@ -267,7 +272,7 @@ class MANGO(Budgeted):
         gradient = dense_gradient(target.name, gradient)
         state = self._state(target)
         coded = self.held is None and (state.config.compresses_gradient or self.options.compressor is not None)
-        if not coded and FusedUpdate.covers(target, state) and FusedUpdate.accepts(gradient):
+        if not coded and self._fusable(target, state, gradient):
             return Work(target, state, gradient, True, _NO_ERROR)
         norm = torch.linalg.vector_norm(gradient.float())
         if not math.isfinite(norm.square()):                            # what its second moment could not hold neither
@@ -287,7 +292,7 @@ class MANGO(Budgeted):
         fused: list[Work] = []
         alone: list[Work] = []
         for w in work:
-            (fused if FusedUpdate.covers(w.target, w.state) and FusedUpdate.accepts(w.gradient) else alone).append(w)
+            (fused if self._fusable(w.target, w.state, w.gradient) else alone).append(w)
         windows = {w.target: window_of(w.state) for w in fused if due == 0 and w.target.layer is not None}
         if fused:
             self._update_fused(fused, windows, measure)
@@ -296,9 +301,16 @@ class MANGO(Budgeted):
             self.update_parameter(w, measure, probe=due == 0)
         self.pager.settle()
 
+    def _fusable(self, target: Target, state: TensorState, gradient: Tensor) -> bool:
+        """Whether the kernels can do it, in one launch with others; what is paged out comes by turns."""
+        return type(state.encoded) is dict and self.fused.covers(target, state) and self.fused.accepts(gradient)
+
     def _update_fused(self, work: Sequence[Work], windows: Mapping[Target, Window], measure: bool) -> None:
-        moves = self.fused.run(work, self.steps, measure)
-        self.skipped += int((~moves.finite).sum())
+        found = self.fused.run(work, self.steps, measure)
+        if isinstance(found, DeviceMoves) and not windows:                  # it stays on the device until there is a decision
+            return
+        moves = found.on_host()
+        self.skipped += self.fused.settle()
         for i, (target, state, gradient, _, coding) in enumerate(work):
             if not measure or target.layer is None or not moves.finite[i]:
                 continue

@@ -39,8 +39,8 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(frozen: Path) -> list[EvaluationRow]:
-    number = LADDER.index("m8v8")
-    specs = ["adamw", "fixed:full", f"fixed:{number}", "fixed:m4v0", "random", "water-filling", "adaptive", "scheduled", str(frozen)]
+    fixed = ["fixed:full", f"fixed:{LADDER.index('m8v8')}", "fixed:m4v0"]
+    specs = ["adamw", *fixed, "random", "water-filling", "adaptive", "scheduled", str(frozen)]
     return evaluate(specs, TINY, [0.5, 1.5], 2, ARGS)
 
 

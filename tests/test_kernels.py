@@ -19,7 +19,7 @@ from mango import MANGO, CompressionConfig, master, native, noise
 from mango.blockwise import NF4_LEVELS
 from mango.codecs import Encoded
 from mango.fused import FusedUpdate, Work
-from mango.fused_cuda import SMALL, FusedUpdateCUDA, chunk_table, tile_shape
+from mango.fused_cuda import NUMBERS, SMALL, FusedUpdateCUDA, chunk_table, tile_shape
 from tests.rungs import M8V8
 from tests.test_native import EPS, agree, flips, twins
 
@@ -231,14 +231,14 @@ def test_entries_beyond_2_31_are_updated_where_they_are() -> None:
     assert fused.covers(work[0].target, work[0].state)
     with torch.no_grad():
         plan = fused._plan(work)
-        fused._set_hypers({(id(w.target.group), w.state.rule, True) for w in work})
+        fused._set_hypers(plan.hypers)
         column, bytes_of = fused._column, {"param": 4, "grad": 4, "m_codes": 1, "v_codes": 4}
         for name, size in bytes_of.items():
             plan.host[0, column[name]] -= far * size
         plan.host[0, column["m_scale"]] -= far // 128 * 2
         plan.host[0, column["numel"]] += far
         table, chunks = torch.tensor(plan.host, device=DEVICE), torch.tensor([[0, far]], device=DEVICE)
-        numbers, sums = torch.zeros(1, 16, device=DEVICE), torch.ones(1, device=DEVICE)
+        numbers, sums = torch.zeros(1, NUMBERS, device=DEVICE), torch.ones(1, device=DEVICE)
         kernels.prepare[(1,)](table, fused._hyper_table, sums, fused._counts, numbers, WIDTH=1024)
         (combination,) = plan.updates
         kernels.update[(1,)](table, numbers, chunks, fused._clock, fused._levels, sums, **fused._options(combination, False))
@@ -290,37 +290,36 @@ def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone(bad: float) -> No
 def test_steps_taken_elsewhere_are_known_to_the_device() -> None:
     mine, twin = build("float32", M8V8), build("float32", M8V8)
     fused = by_kernels(mine, gradients(mine, 1), 1)
-    by_twins(twin, gradients(twin, 1), 1)
     fused.settle()
+    twin.load_state_dict(mine.state_dict())
+    for target, other in zip(mine.targets, twin.targets, strict=True):
+        other.param.detach().copy_(target.param.detach())
     for optimizer in (mine, twin):
-        for target, own in zip(optimizer.targets, mine.targets, strict=True):
-            state = mine.state[own.param]["tensor"]
-            optimizer.state[target.param]["tensor"].encoded = {slot: Encoded(e.codec, e.shape, {k: p.clone() for k, p in e.parts.items()})
-                                                               for slot, e in state.encoded.items()}  # fmt: skip
-            optimizer.state[target.param]["tensor"].version += 1
-            target.param.detach().copy_(own.param.detach())
         by_twins(optimizer, gradients(optimizer, 2), 2)
     before = values(twin)
     by_kernels(mine, gradients(mine, 3), 3, fused)
     by_twins(twin, gradients(twin, 3), 3)
     same(mine, twin, before)
+    assert [mine.state[t.param]["tensor"].step for t in mine.targets] == [3, 3]
+    fused.settle()
+    assert [mine.state[t.param]["tensor"].step for t in mine.targets] == [3, 3]
 
 
 def test_a_changed_config_and_changed_numbers_are_followed() -> None:
     mine, twin = build("float32", M8V8), build("float32", M8V8)
-    fused = FusedUpdateCUDA(mine.targets, mine.statistics, mine.seed, strict=True)
-    for step, lr in ((1, 0.01), (2, 0.002)):
-        for optimizer in (mine, twin):
-            optimizer.param_groups[0]["lr"] = torch.tensor(lr) if step == 2 else lr
-            by_twins(optimizer, gradients(optimizer, step), step) if step == 1 else None
-        if step == 1:
-            for optimizer in (mine, twin):
-                optimizer.apply(CompressionConfig(momentum_bits=16, variance_bits=16))
+    fused = by_kernels(mine, gradients(mine, 1), 1)
+    fused.settle()
+    twin.load_state_dict(mine.state_dict())
+    for target, other in zip(mine.targets, twin.targets, strict=True):
+        other.param.detach().copy_(target.param.detach())
+    for optimizer in (mine, twin):
+        optimizer.apply(CompressionConfig(momentum_bits=16, variance_bits=16))
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-4)
     before = values(twin)
     by_kernels(mine, gradients(mine, 2), 2, fused)
     by_twins(twin, gradients(twin, 2), 2)
     same(mine, twin, before)
-    assert float((before[0] - values(mine)[0]).abs().max()) <= 0.0021
+    assert float((before[0] - values(mine)[0]).abs().max()) < 2e-4               # it was 1e-2
 
 
 # ---- statistics ----
