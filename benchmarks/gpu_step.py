@@ -50,8 +50,8 @@ def optimizers() -> dict[str, tuple[torch.dtype, Callable[[list[Tensor]], Optimi
     """What takes turns, and on parameters of which dtype. Fixed configs, so that deciding plays no part."""
 
     def mango(momentum: int, variance: int, **options: Any) -> Callable[[list[Tensor]], Optimizer]:
-        common = {"policy": CompressionConfig(momentum_bits=momentum, variance_bits=variance), "policy_update_freq": 10**9}
-        return lambda params: MANGO(params, memory_budget=1 << 40, strict=True, **common, **options)
+        options |= {"policy": CompressionConfig(momentum_bits=momentum, variance_bits=variance), "policy_update_freq": 10**9}
+        return lambda params: MANGO(params, memory_budget=1 << 40, strict=True, **options)
 
     half, single = torch.bfloat16, torch.float32
     return {

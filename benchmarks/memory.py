@@ -63,7 +63,6 @@ METHODS: dict[str, Method] = {
     "mango_m4v0_24": Method(torch.bfloat16, mango(rung(4, 0), master_bits=24), "the same with 24-bit master weights"),
     "mango_m4v0_release": Method(torch.bfloat16, mango(rung(4, 0, 4), **RELEASED), "NF4, factors, gradients released at 4 bits"),
     "mango_m2v0_release": Method(torch.bfloat16, mango(rung(2, 0, 4), **RELEASED), "2-bit momentum, factors, released"),
-    "mango_muon_m0_release": Method(torch.bfloat16, mango(rung(0, 0, 4), rule="muon", **RELEASED), "Muon without momentum"),
 }  # fmt: skip
 
 

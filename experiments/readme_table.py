@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("args", "hardware", "versions", "targets")      # of a benchmark's file: no tables
-LONG = ("ladder",)                                       # files whose tables are too long for a README
+LONG = ("ladder", "muon_formats", "runs", "shadows")     # files and tables that are too long for a README
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -98,7 +98,7 @@ def benchmark_lines(folder: Path) -> Iterator[str]:
             continue
         for name, rows in content.items():
             listed = [rows] if isinstance(rows, dict) else rows
-            if name not in STAMP and isinstance(listed, list) and listed and isinstance(listed[0], dict):
+            if name not in STAMP + LONG and isinstance(listed, list) and listed and isinstance(listed[0], dict):
                 yield from table(name, listed)
 
 
