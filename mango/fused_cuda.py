@@ -30,7 +30,6 @@ from mango.statistics import NORM_DECAY, GradientStatistics
 NUMBERS = 15                                 # of a tensor at a step
 ALIGNMENT = 16                               # bytes of the widest access
 WARPS = 4                                    # per program
-REGISTERS = 96                               # per thread, so that five programs share a multiprocessor; no kernel spills
 SMALL = 1 << 24                              # entries of all tensors together, up to which chunks are short
 KEPT_PLANS = 8                               # tables of earlier sets of tensors, for those that come by turns
 BY_CHANCE = ("lognormal6", "nf4", "ternary2")  # formats of first moments that the kernels round so; the others to nearest
@@ -145,6 +144,7 @@ class FusedUpdateCUDA:
         self._plans: dict[Any, Plan] = {}
         self._kept: list[Tensor] = []                        # what captured graphs copy from
         self._clock_host = self._skipped = 0
+        self._moved: Tensor | None = None                    # what the last measure found, which a probe must not see yet
 
     def _load(self) -> bool:
         """Import the kernels, and make what all launches share. False where that failed."""
@@ -216,11 +216,12 @@ class FusedUpdateCUDA:
 
     def _options(self, combination: Combination, measure: bool) -> dict[str, Any]:
         """How `update` is compiled for a combination."""
-        four = 0 in (combination.param, combination.m, combination.v) or combination.m == LOG6    # entries in 16, or in 3 bytes
+        four = 0 in (combination.param, combination.m, combination.v)             # float32: 16 bytes are 4 entries, not 8
         options: dict[str, Any] = {"MEASURE": measure, "CHUNK": self._chunk, "ROWS": WARPS * 32 * (4 if four else 8) // 128}
         names = ("RULE", "P", "G", "M", "V", "BITS", "MAXIMIZE", "WITHIN", "VECTOR")
         options |= dict(zip(names, combination, strict=True)) | {"num_warps": WARPS, "enable_fp_fusion": True}
-        return options | ({"maxnreg": REGISTERS} if combination.vector and not measure else {})
+        registers = 128 if combination.m == LOG6 else 96                          # five, or four programs to a multiprocessor
+        return options | ({"maxnreg": registers} if combination.vector and not measure else {})
 
     def _compiles(self, combination: Combination, measure: bool = False) -> bool:
         """Whether `update` can be had for a combination; tried once."""
@@ -254,6 +255,7 @@ class FusedUpdateCUDA:
         """
         if not self._load():
             raise RuntimeError("nothing can be fused, as `covers` says")
+        self._keep_moved()
         with self._on_device():
             plan = self._plan(work)
             if step == self._clock_host + 1:
@@ -273,6 +275,7 @@ class FusedUpdateCUDA:
         """Take the device's counts of steps into the states. Returns how many gradients were left out since the last time."""
         if not self._kernels:
             return 0
+        self._keep_moved()
         steps, skipped = self._counts.T.tolist()
         for row, state in enumerate(self._states):
             if state is not None and state.step == self._steps[row]:
@@ -280,8 +283,16 @@ class FusedUpdateCUDA:
         before, self._skipped = self._skipped, sum(skipped)
         return self._skipped - before
 
+    def _keep_moved(self) -> None:
+        """Put the norms of the last measured updates into the statistics. Not at once: a probe, which follows a measure, needs
+        those of the step before."""
+        if self._moved is not None:
+            moved, self._moved = self._moved, None
+            self._statistics.moved.copy_(torch.where(moved < 0, self._statistics.moved, moved))
+
     def _launch(self, plan: Plan, measure: bool) -> DeviceMoves:
         k, table, tables, n = self._kernels, plan.table, self._statistics, len(plan.host)
+        moved = torch.full_like(tables.moved, -1.0) if measure else tables.moved               # not written without measure
         sums, scratch, partials = self._empty(plan.sums), self._empty(plan.scratch), self._empty(4 * plan.partials * measure)
         numbers, results = self._empty(n, NUMBERS), self._empty(n, 4)
         common = {"enable_fp_fusion": True}
@@ -296,8 +307,9 @@ class FusedUpdateCUDA:
             k.update[(len(chunks),)](table, numbers, chunks, self._clock, self._levels, partials, **options)
         k.finish[(n,)](
             table, numbers, partials, results, tables.mean, tables.square, tables.previous, tables.cosine, tables.norm,
-            tables.running_norm, tables.count, tables.moved, DECAY=NORM_DECAY, MEASURE=measure, WIDTH=256, **common,
+            tables.running_norm, tables.count, moved, DECAY=NORM_DECAY, MEASURE=measure, WIDTH=256, **common,
         )  # fmt: skip
+        self._moved = moved if measure else None
         if plan.segments is not None:
             k.finish_factors[(len(plan.segments),)](table, numbers, plan.segments, scratch, WIDTH=512, **common)
         return DeviceMoves(numbers, results)

@@ -378,14 +378,15 @@ def log4_codes(x, low, high, u):
 
 @triton.jit
 def log6_span(x):
-    """The largest magnitudes, float32 (ROWS, 2), and the spans in fiftieths of a nat, int32 (ROWS, 2). Logarithms are read off the
-    floats' bits; sums of whole numbers are exact."""
+    """The largest magnitudes, float32 (ROWS, 2), and the spans in fiftieths of a nat, int32 (ROWS, 2). Logarithms are read off
+    the floats' bits; sums of whole numbers are exact."""
     bits = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [x.shape[0], 2, 64])
     high = tl.max(bits, 2)
     below = tl.where(bits > 0, tl.minimum((high[:, :, None] - bits) >> 16, 4095), 0)
     squares, both = tl.sum(below * below, 2).to(tl.int64), tl.sum(below + tl.where(bits > 0, 1 << 20, 0), 2)
     total, count = (both & 0xFFFFF).to(tl.int64), (both >> 20).to(tl.int64)
-    variance = quotient((count * squares - total * total).to(tl.float32), tl.maximum(count * count, 1).to(tl.float32)) * LOG6_SQUARE
+    spread_out = (count * squares - total * total).to(tl.float32) * LOG6_SQUARE
+    variance = quotient(spread_out, tl.maximum(count * count, 1).to(tl.float32))
     span = 240.0 * tl.sqrt(quotient(variance, variance + 0.6))
     return high.to(tl.float32, bitcast=True), tl.maximum((span + MAGIC).to(tl.int32, bitcast=True) & 255, 1)
 
@@ -396,7 +397,7 @@ def log6_codes(y, octaves, u):
     logs = log2(tl.maximum(y, 1e-30))
     number = tl.minimum(spread(logs, quotient(1.0, octaves)) - 0.5 + MAGIC - MAGIC, 0.0)   # -31 .. 0
     above = quotient(1.0, tl.exp2(octaves) - 1.0)
-    f = spread(tl.exp2(logs - spread(number, octaves)), above) + (number + spread(tl.full(y.shape, 1.0, tl.float32), 31.0 - above))
+    f = spread(tl.exp2(logs - spread(number, octaves)) - 1.0, above) + (number + 31.0)
     f = tl.where(number < -30.5, spread(y, tl.exp2(30.0 * octaves)), f)                    # below the least level
     return (tl.minimum(f + (0.49999997 - u), 31.0) + MAGIC).to(tl.int32, bitcast=True) & 31
 

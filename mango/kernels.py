@@ -104,8 +104,8 @@ def rule_numbers(h, lifted, EXACT: tl.constexpr):
 def factored(
     rows, columns, first, column, wide, left, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr, WITHIN: tl.constexpr
 ):  # fmt: skip
-    """Row and column factors of the entries: (ROWS, 1) or (ROWS, 128), and (ROWS, 128). The tile starts at `column` (it may be past
-    the end) of row `first` of a matrix `wide` columns wide. WITHIN: no half of a row of 256 entries goes over a matrix row's end."""
+    """Row and column factors of the entries: (ROWS, 1) or (ROWS, 128), and (ROWS, 128). The tile starts at `column` (it may be
+    past the end) of row `first` of a matrix `wide` columns wide. WITHIN: no half of 128 entries goes over a matrix row's end."""
     where = places(ROWS, HALF, 1)
     start = places(ROWS, HALF, 128) * 128 if WITHIN else where
     r = ((start + column).to(tl.uint32) // wide.to(tl.uint32)).to(tl.int32)
@@ -119,7 +119,8 @@ def factored(
 # ---- the kernels ----
 @triton.jit
 def load_half(
-    at, left, first, column, wide, param, grad, correction, m_codes, m_scale, m_low, v_codes, v_scale, v_low, levels, by1, by2, share,
+    at, left, first, column, wide, param, grad, correction, m_codes, m_scale, m_low, v_codes, v_scale, v_low,
+    levels, by1, by2, share,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
     MAXIMIZE: tl.constexpr, WITHIN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip

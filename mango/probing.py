@@ -37,10 +37,10 @@ def probe_fused(
     stored = stored if state.config.has_momentum else exp_avg
     storing = (direction(stored, stored_sq) - ideal).norm() / safe(ideal.norm())
     residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else ideal.new_zeros(())
+    found = torch.tensor([param_norm, moved, alignment], device=ideal.device)
     statistics.probe(
-        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=torch.tensor(param_norm),
-        moved=torch.tensor(moved), error=torch.hypot(storing, coding), alignment=torch.tensor(alignment),
-        residual_norm=residual, loss_change=loss_change,
+        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=found[0], moved=found[1],
+        error=torch.hypot(storing, coding), alignment=found[2], residual_norm=residual, loss_change=loss_change,
     )  # fmt: skip
 
 

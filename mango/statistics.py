@@ -226,7 +226,7 @@ class GradientStatistics:
             "residual_ratio": (residual_norm / safe(self.norm[index])).log10(),
         }
         exp_avg, exp_avg_sq = moments
-        square = torch.ones(()).expand(exp_avg.shape) if exp_avg_sq is None else exp_avg_sq
+        square = torch.ones((), device=exp_avg.device).expand(exp_avg.shape) if exp_avg_sq is None else exp_avg_sq
         matrix = square.reshape(matrix_shape(tuple(square.shape)))
         row, column = matrix.mean(1), matrix.mean(0)
         place = torch.arange(min(WINDOW, square.numel()), device=row.device)
