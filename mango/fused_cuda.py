@@ -51,12 +51,13 @@ class Combination(NamedTuple):
     vector: bool                             # addresses are multiples of 16 bytes, the entries of 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeviceMoves:
     """`Moves` on the device, by tensor: (n,) each. Norms of updates and moments only where they were asked for."""
 
     numbers: Tensor                          # (n, NUMBERS) float32, as kernels.prepare leaves them
     sums: Tensor                             # (n, 4) float32: move^2, parameter^2, moment^2, moment times gradient
+    told: bool = False                       # the host knows, and does with it what is to be done
 
     @property
     def finite(self) -> Tensor:
@@ -81,6 +82,7 @@ class DeviceMoves:
 
     def on_host(self) -> Moves:
         """The same as the CPU kernels give it. Waits for the device."""
+        self.told = True
         columns = (self.grad_norm, self.moved, self.param_norm, self.alignment)
         table = torch.stack([self.finite.float(), *columns]).double().cpu().numpy()
         return Moves(table[0] > 0, table[1], table[2], table[3], table[4])
@@ -142,9 +144,9 @@ class FusedUpdateCUDA:
         self._compiled: dict[tuple[Combination, bool], bool] = {}
         self._kernels: Any = None                            # False where they cannot be had
         self._plans: dict[Any, Plan] = {}
-        self._kept: list[Tensor] = []                        # what captured graphs copy from
+        self._kept: list[Any] = []                           # what captured graphs read and copy from
         self._clock_host = self._skipped = 0
-        self._moved: Tensor | None = None                    # what the last measure found, which a probe must not see yet
+        self._measured: tuple[DeviceMoves, Tensor] | None = None                     # the last measure: norms of updates by layer
 
     def _load(self) -> bool:
         """Import the kernels, and make what all launches share. False where that failed."""
@@ -244,6 +246,9 @@ class FusedUpdateCUDA:
             if hasattr(made, "_init_handles"):                                    # loads it, which may fail too
                 made._init_handles()
 
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
@@ -258,6 +263,8 @@ class FusedUpdateCUDA:
         self._keep_moved()
         with self._on_device():
             plan = self._plan(work)
+            if self._capturing():
+                self._kept.append(plan)
             if step == self._clock_host + 1:
                 self._clock.add_(1)
             else:
@@ -284,11 +291,12 @@ class FusedUpdateCUDA:
         return self._skipped - before
 
     def _keep_moved(self) -> None:
-        """Put the norms of the last measured updates into the statistics. Not at once: a probe, which follows a measure, needs
-        those of the step before."""
-        if self._moved is not None:
-            moved, self._moved = self._moved, None
-            self._statistics.moved.copy_(torch.where(moved < 0, self._statistics.moved, moved))
+        """Put the norms of the last measured updates into the statistics, unless the host does. Not at once: a probe of the same
+        step needs those of the step before."""
+        if self._measured is not None:
+            (moves, moved), self._measured = self._measured, None
+            if not moves.told:
+                self._statistics.moved.copy_(torch.where(moved < 0, self._statistics.moved, moved))
 
     def _launch(self, plan: Plan, measure: bool) -> DeviceMoves:
         k, table, tables, n = self._kernels, plan.table, self._statistics, len(plan.host)
@@ -309,10 +317,11 @@ class FusedUpdateCUDA:
             table, numbers, partials, results, tables.mean, tables.square, tables.previous, tables.cosine, tables.norm,
             tables.running_norm, tables.count, moved, DECAY=NORM_DECAY, MEASURE=measure, WIDTH=256, **common,
         )  # fmt: skip
-        self._moved = moved if measure else None
         if plan.segments is not None:
             k.finish_factors[(len(plan.segments),)](table, numbers, plan.segments, scratch, WIDTH=512, **common)
-        return DeviceMoves(numbers, results)
+        moves = DeviceMoves(numbers, results)
+        self._measured = (moves, moved) if measure else None
+        return moves
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.device)
@@ -322,9 +331,8 @@ class FusedUpdateCUDA:
         """A copy on the device, which the host does not wait for. A captured one is repeated from `spare`, which is kept."""
         host = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
-            capturing = torch.cuda.is_current_stream_capturing()
-            host = spare.copy_(host) if capturing and spare is not None else host.pin_memory()
-            if capturing:
+            host = spare.copy_(host) if spare is not None and self._capturing() else host.pin_memory()
+            if self._capturing():
                 self._kept.append(host)
         if into is None:
             into = torch.empty(host.shape, dtype=host.dtype, device=self.device)
@@ -384,6 +392,8 @@ class FusedUpdateCUDA:
 
     def _fill(self, row: int, target: Target, state: TensorState) -> None:
         """What stays until the state is stored anew: sizes, addresses, places."""
+        if self._states[row] is not state:
+            self._plans.clear()                                                   # versions are counted by each state for itself
         exp_avg, exp_avg_sq = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq")
         m, v = ([0, 0, 0] if moment is None else native.part_pointers(moment.parts) for moment in (exp_avg, exp_avg_sq))
         numel, correction = math.prod(state.shape), 0 if state.correction is None else state.correction.data_ptr()

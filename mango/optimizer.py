@@ -24,7 +24,7 @@ from mango.layers import Layer, describe
 from mango.loss_track import LossTrack
 from mango.master import MASTER_BITS, correction_bytes, new_correction
 from mango.memory import Budgeted
-from mango.paging import Pager
+from mango.paging import Pager, Staged
 from mango.policies import Choice, Policy, ScoringPolicy, WaterFillingPolicy
 from mango.policy_choice import as_policy
 from mango.probing import Window, probe_dense, probe_fused, window_of
@@ -303,7 +303,7 @@ class MANGO(Budgeted):
 
     def _fusable(self, target: Target, state: TensorState, gradient: Tensor) -> bool:
         """Whether the kernels can do it, in one launch with others; what is paged out comes by turns."""
-        return type(state.encoded) is dict and self.fused.covers(target, state) and self.fused.accepts(gradient)
+        return not isinstance(state.encoded, Staged) and self.fused.covers(target, state) and self.fused.accepts(gradient)
 
     def _update_fused(self, work: Sequence[Work], windows: Mapping[Target, Window], measure: bool) -> None:
         found = self.fused.run(work, self.steps, measure)

