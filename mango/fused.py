@@ -62,7 +62,7 @@ class FusedUpdate:
     def covers(target: Target, state: TensorState) -> bool:
         """Whether the tensor's update can be fused, whatever its gradient is."""
         param = target.local
-        plain = type(param) in (Parameter, Tensor) and param.device.type == "cpu" and param.dtype in native.PARAM_TYPES
+        plain = type(param) in (Parameter, Tensor) and param.is_cpu and param.dtype in native.PARAM_TYPES
         plain = plain and param.is_contiguous() and param.shape == state.shape      # a shape that was changed since is an error
         return plain and not state.config.rank and state.rule in native.RULES and param.numel() > 0 and native.load() is not None
 
@@ -122,18 +122,21 @@ class FusedUpdate:
         return skipped
 
     def _hyper(self, jobs: NDArray[Any], work: Sequence[Work]) -> None:
-        known: dict[tuple[int, str, bool], tuple[float, ...]] = {}
-        numbers = []
+        kinds: dict[tuple[int, str, bool], int] = {}
+        numbers: list[tuple[float, ...]] = []                                      # of each kind
+        which = []
         for w in work:
             rule, keeps = w.state.rule, w.state.has_momentum
             place = (id(w.target.group), rule, keeps)
-            if place not in known:
+            kind = kinds.setdefault(place, len(numbers))
+            if kind == len(numbers):
                 hyper = Hyper.of(w.target.group, rule)
                 hyper = hyper if keeps else hyper.without_momentum()
                 beta1 = hyper.momentum if rule == "sgd" else hyper.betas[0]
-                known[place] = (hyper.lr, beta1, hyper.betas[1], hyper.eps, hyper.weight_decay)
-            numbers.append((*known[place], w.state.step + 1))
-        lr, beta1, beta2, eps, decay, steps = np.array(numbers).T
+                numbers.append((hyper.lr, beta1, hyper.betas[1], hyper.eps, hyper.weight_decay))
+            which.append(kind)
+        lr, beta1, beta2, eps, decay = np.array(numbers)[which].T
+        steps = np.array([w.state.step + 1 for w in work])
         jobs["lr"], jobs["beta1"], jobs["beta2"], jobs["eps"], jobs["weight_decay"] = lr, beta1, beta2, eps, decay
         jobs["correction1"], jobs["correction2"] = 1 - beta1**steps, 1 - beta2**steps
 

@@ -631,6 +631,94 @@ static void adam_block(const Adam *a, const float *g, float *m, float *v, float 
 #endif
 }
 
+#ifdef __AVX512F__
+static inline __m512i mix16(__m512i x) {
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32((int)0x85ebca6bu));
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 13)), _mm512_set1_epi32((int)0xc2b2ae35u));
+    return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
+
+/* root_codes to nearest, signed. Below a quarter of the first level the root is no number, and what it converts to ends in a
+ * zero byte. The scale is the largest |x| to 2^-8, which is not enough to pass 127.5. */
+static inline __m128i nearest_root(__m512 x, __m512 unit) {
+    __m512 a = _mm512_fmsub_ps(_mm512_abs_ps(x), unit, _mm512_set1_ps(0.25f)), root = _mm512_mul_ps(a, _mm512_rsqrt14_ps(a));
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    __m512i whole = _mm512_ternarylogic_epi32(sign, _mm512_castps_si512(x), _mm512_castps_si512(root), 0xca);     /* sign ? x : root */
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_castsi512_ps(whole)));
+}
+
+/* root_codes by chance, unsigned, from bits below 2^16. What is not zero gets a code of at least one, also where the root is no number. */
+static inline __m128i chance_root(__m512 x, __m512 unit, __m512i bits) {
+    __m512 share = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0x1p-16f), _mm512_set1_ps(0x1p-17f));
+    __m512 a = _mm512_fmadd_ps(x, unit, _mm512_fmsub_ps(share, share, share));
+    __m512 r = _mm512_rsqrt14_ps(a), s = _mm512_mul_ps(a, r);
+    s = _mm512_fmsub_ps(_mm512_mul_ps(s, _mm512_fnmadd_ps(s, r, _mm512_set1_ps(3.0f))), _mm512_set1_ps(0.5f), share);
+    __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    s = _mm512_maskz_max_ps(some, s, _mm512_set1_ps(0x1p-20f));                                                   /* no number: the other one */
+    return _mm512_cvtusepi32_epi8(_mm512_cvt_roundps_epi32(s, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+}
+
+/* A whole block of float32 between 8-bit moments, kept in registers: what the general way does in passes over buffers, with
+ * constants multiplied together beforehand. The second moment is worked on in units of fresh2 / fresh1^2. */
+static void adam_8_8(const Adam *a, const Job *job, int64_t at, float decay) {
+    const float *g = (const float *)job->grad + at, share = a->fresh2 / (a->fresh1 * a->fresh1);
+    float *p = (float *)job->param + at, *v_scale = (float *)job->v_scale + at / 256, m_high[2];
+    uint16_t *m_scale = (uint16_t *)job->m_scale + at / 128;
+    uint8_t *m_codes = (uint8_t *)job->m_codes + at, *v_codes = (uint8_t *)job->v_codes + at;
+    const __m512 fresh1 = _mm512_set1_ps(a->fresh1), three = _mm512_set1_ps(3.0f), two = _mm512_set1_ps(2.0f), zero = _mm512_setzero_ps();
+    const __m512 keep = _mm512_set1_ps(decay), most = _mm512_set1_ps(LIMIT * a->lr);
+    const __m512 over = _mm512_set1_ps(0.5f * sqrtf(share) * a->unbias2 / a->stride), eps = _mm512_set1_ps(a->eps / a->stride);
+    const __m512 v_keep = _mm512_set1_ps(*v_scale / 65025.0f * (a->beta2 / share));
+    ALIGNED float m[BLOCK], v[BLOCK];
+    __m512 v_most = zero;
+    for (int part = 0; part < 2; part++) {
+        const __m512 m_keep = _mm512_set1_ps(bf16_float(m_scale[part]) / 16129.0f * (1.0f - a->fresh1));
+        __m512 m_most = zero;
+        for (int j = 128 * part; j < 128 * part + 128; j += 16) {
+            __m512 grad = _mm512_mul_ps(_mm512_loadu_ps(g + j), fresh1);
+            __m512 avg = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(m_codes + j))));
+            __m512 square = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(v_codes + j))));
+            avg = _mm512_fmadd_ps(_mm512_mul_ps(avg, _mm512_abs_ps(avg)), m_keep, grad);
+            square = _mm512_fmadd_ps(grad, grad, _mm512_mul_ps(_mm512_mul_ps(square, square), v_keep));
+            _mm512_store_ps(m + j, avg);
+            _mm512_store_ps(v + j, square);
+            m_most = _mm512_max_ps(m_most, _mm512_abs_ps(avg));
+            v_most = _mm512_max_ps(v_most, square);
+            __mmask16 some = _mm512_cmp_ps_mask(square, zero, _CMP_GT_OQ);
+            __m512 r = _mm512_rsqrt14_ps(square), root = _mm512_mul_ps(square, r);
+            root = _mm512_mul_ps(root, _mm512_fnmadd_ps(root, r, three));                         /* twice the root */
+            __m512 under = _mm512_fmadd_ps(root, over, eps), inverse = _mm512_rcp14_ps(under);
+            __m512 move = _mm512_mul_ps(_mm512_mul_ps(avg, inverse), _mm512_fnmadd_ps(under, inverse, two));
+            move = _mm512_maskz_range_ps(some, move, most, 0x2);                                  /* the smaller in size, the sign of move */
+            _mm512_storeu_ps(p + j, _mm512_fmadd_ps(_mm512_loadu_ps(p + j), keep, move));
+        }
+        m_high[part] = _mm512_reduce_max_ps(m_most);
+    }
+    const float v_high = _mm512_reduce_max_ps(v_most), v_most_true = v_high * share;
+    if (less(less(m_high[0], m_high[1]), less(v_high, v_most_true)) < 0x1p-99f) {                 /* zeros, or so small that 1 / scale overflows */
+        SIMD for (int j = 0; j < BLOCK; j++) v[j] *= share;
+        encode(SIGNED8, job->m_codes, job->m_scale, 0, at, BLOCK, m, mix(job->key + 1), 0);
+        encode(UNSIGNED8, job->v_codes, job->v_scale, 0, at, BLOCK, v, mix(job->key + 2), 1);
+        return;
+    }
+    for (int part = 0; part < 2; part++) m_scale[part] = float_bf16(m_high[part]);
+    *v_scale = v_most_true;
+    const __m512 one_unit = _mm512_set1_ps(16129.0f / bf16_float(m_scale[0])), other_unit = _mm512_set1_ps(16129.0f / bf16_float(m_scale[1]));
+    const __m512 v_unit = _mm512_set1_ps(65025.0f / v_high);
+    const __m512i low = _mm512_set1_epi32(0xffff), lanes = _mm512_set1_epi32((int)(16 * GOLDEN));
+    __m512i count = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)GOLDEN));
+    count = _mm512_add_epi32(count, _mm512_set1_epi32((int)block_key(mix(job->key + 2), at)));
+    for (int j = 0; j < 128; j += 16) {
+        __m512i bits = mix16(count);
+        count = _mm512_add_epi32(count, lanes);
+        _mm_storeu_si128((__m128i *)(v_codes + j), chance_root(_mm512_load_ps(v + j), v_unit, _mm512_and_si512(bits, low)));
+        _mm_storeu_si128((__m128i *)(v_codes + j + 128), chance_root(_mm512_load_ps(v + j + 128), v_unit, _mm512_srli_epi32(bits, 16)));
+        _mm_storeu_si128((__m128i *)(m_codes + j), nearest_root(_mm512_load_ps(m + j), one_unit));
+        _mm_storeu_si128((__m128i *)(m_codes + j + 128), nearest_root(_mm512_load_ps(m + j + 128), other_unit));
+    }
+}
+#endif
+
 typedef struct { float rows_mean; double moved_sq, param_sq, momentum_sq, momentum_grad; } Part;
 
 static void factored_variance(const Job *job, int64_t start, int64_t entries, float rows_mean, const float *g, float *v) {
@@ -660,6 +748,10 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
     const Adam rule = {beta2, fresh1, fresh2, (float)sqrt(job->correction2), (float)(1.0 / sqrt(job->correction2)),
                        (float)job->eps, lr, (float)(-job->lr / job->correction1), job->v_format != FACTORED};
     const int exact = job->m_format == FLOAT32 && job->v_format == FLOAT32;
+#ifdef __AVX512F__
+    const int eight = adam && job->m_format == SIGNED8 && !job->m_chance && job->v_format == UNSIGNED8 && job->v_chance && !job->measure
+        && job->param_type == FLOAT32 && job->grad_type == FLOAT32 && job->scale == 1.0 && (decoupled || coupled == 0) && lr > 1e-20f;
+#endif
     ALIGNED float buffers[5][BLOCK];
     for (int64_t at = start; at < stop; at += BLOCK) {
         int64_t entries = stop - at < BLOCK ? stop - at : BLOCK;
@@ -670,6 +762,9 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
             if (job->v_format != FACTORED) fetch(job->v_codes, WIDTH[job->v_format], at + AHEAD * BLOCK);
         }
         const int whole = entries == BLOCK;                              /* float32 is worked on where it lies */
+#ifdef __AVX512F__
+        if (eight && whole) { adam_8_8(&rule, job, at, decay); continue; }
+#endif
         float *g = buffers[0], *q = buffers[4];
         float *p = whole && job->param_type == FLOAT32 ? (float *)job->param + at : buffers[1];
         float *m = whole && job->m_format == FLOAT32 ? (float *)job->m_codes + at : buffers[2];
@@ -713,19 +808,31 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
     }
 }
 
+/* sum of squares of so many float32 numbers, in 64 lanes */
+static double squares(const float *g, int64_t n) {
+    double total = 0;
+    for (int64_t at = 0; at < n; at += 4096) {
+        const int64_t stop = n - at < 4096 ? n : at + 4096, whole = stop - (stop - at) % 64;
+        ALIGNED float lanes[64] = {0};
+        float sum = 0;
+        for (int64_t from = at; from < whole; from += 64) { SIMD for (int j = 0; j < 64; j++) lanes[j] += g[from + j] * g[from + j]; }
+        for (int64_t j = whole; j < stop; j++) sum += g[j] * g[j];
+        _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < 64; j++) sum += lanes[j];
+        total += sum;
+    }
+    return total;
+}
+
 /* sum of squares of entries start .. stop of the gradient; with `columns` also by row and by column, coupled weight decay in it */
 static double square_sums(const Job *job, int64_t start, int64_t stop, float *rows, float *columns) {
     ALIGNED float g[BLOCK], p[BLOCK];
     const float coupled = columns && job->rule == ADAM ? (float)job->weight_decay : 0.0f;
     double total = 0;
+    if (!columns && job->grad_type == FLOAT32 && fabs(job->scale) == 1.0) return squares((const float *)job->grad + start, stop - start);
     for (int64_t at = start; at < stop; at += BLOCK) {
         int64_t entries = stop - at < BLOCK ? stop - at : BLOCK;
         load_gradient(job, at, entries, g);
-        float sum = 0;
-        if (!columns || coupled != 0) {
-            _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < BLOCK; j++) sum += g[j] * g[j];
-            total += sum;
-        }
+        if (!columns || coupled != 0) total += squares(g, BLOCK);
         if (!columns) continue;
         if (coupled != 0) {
             load_param(job, at, entries, p);
@@ -734,8 +841,7 @@ static double square_sums(const Job *job, int64_t start, int64_t stop, float *ro
         for (int64_t from = 0; from < entries;) {
             int64_t r = (at + from) / job->columns, c = (at + from) % job->columns;
             int64_t to = from + job->columns - c < entries ? from + job->columns - c : entries;
-            float *into = columns + c - from;
-            sum = 0;
+            float *into = columns + c - from, sum = 0;
             _Pragma("omp simd reduction(+ : sum)") for (int64_t j = from; j < to; j++) { float s = g[j] * g[j]; sum += s; into[j] += s; }
             rows[r] += sum;
             if (coupled == 0) total += sum;
@@ -776,19 +882,23 @@ static float rows_mean(const Job *job, int64_t row_count) {
     return mean > 0 ? mean : 1.0f;
 }
 
+/* Slabs are what sums are taken over; every thread takes its own from the first to the last, and back from the last to the
+ * first in the update, which so finds the gradients it read last in its cache. */
 static void whole_job(Job *job, int threads) {
     const int64_t n = job->numel, factored = job->v_format == FACTORED;
     const int64_t row_count = factored ? n / job->columns : 0;
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-    int64_t slabs = chunks < SLABS ? chunks : SLABS;
+    int64_t slabs = chunks;
+    if (factored && slabs > SLABS) slabs = SLABS;
     if (factored && slabs > row_count) slabs = row_count;
-    int64_t slab = factored ? (row_count + slabs - 1) / slabs * job->columns : ((n + slabs - 1) / slabs + BLOCK - 1) / BLOCK * BLOCK;
+    const int64_t slab = factored ? (row_count + slabs - 1) / slabs * job->columns : CHUNK;
     float *sums = factored ? calloc((size_t)(row_count + slabs * job->columns), 4) : 0;
+    double *totals = calloc((size_t)slabs, sizeof(double));
     Part *parts = calloc((size_t)chunks, sizeof(Part));
-    double totals[SLABS] = {0};
-    if (!parts || (factored && !sums)) { job->finite = 2; free(sums); free(parts); return; }
-    _Pragma("omp parallel for schedule(static) num_threads(threads) if (chunks > 1 && threads > 1)")
-    for (int64_t s = 0; s < slabs; s++) {
+    if (!parts || !totals || (factored && !sums)) { job->finite = 2; free(sums); free(totals); free(parts); return; }
+    if (chunks == 1 || threads < 1) threads = 1;
+    _Pragma("omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)")
+    for (int t = 0; t < threads; t++) for (int64_t s = slabs * t / threads; s < slabs * (t + 1) / threads; s++) {
         int64_t from = s * slab, to = from + slab < n ? from + slab : n;
         if (from < to) totals[s] = square_sums(job, from, to, sums, factored ? sums + row_count + s * job->columns : 0);
     }
@@ -797,8 +907,8 @@ static void whole_job(Job *job, int threads) {
     job->finite = job->grad_sq < 0x1p127 ? 1 : 0;                        /* sums of squares by row and column are float */
     if (job->finite) {
         float mean = factored ? rows_mean(job, row_count) : 0.0f;
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (chunks > 1 && threads > 1)")
-        for (int64_t k = 0; k < chunks; k++) {
+        _Pragma("omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)")
+        for (int t = 0; t < threads; t++) for (int64_t k = chunks * (t + 1) / threads; k-- > chunks * t / threads;) {
             parts[k].rows_mean = mean;
             update_range(job, k * CHUNK, (k + 1) * CHUNK < n ? (k + 1) * CHUNK : n, parts + k);
         }
@@ -813,6 +923,7 @@ static void whole_job(Job *job, int threads) {
         samples(job);
     }
     free(sums);
+    free(totals);
     free(parts);
 }
 

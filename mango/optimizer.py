@@ -292,7 +292,7 @@ class MANGO(Budgeted):
         fused: list[Work] = []
         alone: list[Work] = []
         for w in work:
-            (fused if self._fusable(w.target, w.state, w.gradient) else alone).append(w)
+            (fused if w.fresh or self._fusable(w.target, w.state, w.gradient) else alone).append(w)
         windows = {w.target: window_of(w.state) for w in fused if due == 0 and w.target.layer is not None}
         if fused:
             self._update_fused(fused, windows, measure)

@@ -227,6 +227,33 @@ def test_a_fused_update_is_that_of_pytorch(rule: str, m: int, v: int, kind: str)
                 b.detach().copy_(a)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-17, 1e-9, 1e-3, 1e3, "mixed"])
+@pytest.mark.parametrize(("rule", "decay"), [("adamw", 0.0), ("adamw", 0.1), ("adam", 0.0)])
+def test_eight_bit_moments_are_updated_in_registers_as_in_pytorch(rule: str, decay: float, scale: float | str) -> None:
+    """Whole blocks between decisions, in which nothing is measured; "mixed" has blocks of all these sizes side by side."""
+    shape, config = (16, 160), CompressionConfig(momentum_bits=8, variance_bits=8)
+    sizes = torch.tensor([0.0, 1e-30, 1e-17, 1e-9, 1e-3, 1e3])
+    generator = torch.Generator().manual_seed(1)
+    params = [Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    options: dict[str, Any] = {"policy": config, "rule": rule, "weight_decay": decay, "min_numel": 1, "policy_update_freq": 1000}
+    mine, twin = (MANGO([param], lr=1e-2, **options) for param in params)
+    for step in range(6):
+        grad = torch.randn(shape, generator=generator)
+        if scale == "mixed":
+            grad = (grad.view(-1, 128) * sizes[torch.arange(20) % 6, None]).view(shape)
+        else:
+            grad = grad * float(scale)
+        for param in params:
+            param.grad = grad.masked_fill(torch.arange(160) % 7 == step, 0.0)
+        before = [params[0].detach().clone()]
+        mine.step()
+        with twins():
+            twin.step()
+        same_moves(mine, twin, before)
+        twin.load_state_dict(mine.state_dict())
+        params[1].detach().copy_(params[0])
+
+
 def test_the_error_that_a_probe_finds_on_a_window_is_that_of_the_tensor() -> None:
     """Of 4,096 like entries the window has 1,024: the estimates differ by the sampling error, some 10 %."""
     found = []
