@@ -97,7 +97,8 @@ def rule_numbers(h, lifted, EXACT: tl.constexpr):
         return beta1, fresh1, beta2, fresh2, lr, tl.load(h + EPS), tl.load(h + ROOT2), tl.load(h + STRIDE)
     else:
         under = tl.load(h + UNDER_ROOT) * tl.rsqrt(lifted)
-        return beta1, fresh1, beta2, fresh2 * lifted, lr, tl.load(h + UNDER_EPS), under, LIMIT * lr
+        # not LIMIT * lr: Triton's interpreter makes that a constant which holds a tensor, and 3.7 takes none for a bound
+        return beta1, fresh1, beta2, fresh2 * lifted, lr, tl.load(h + UNDER_EPS), under, lr * LIMIT
 
 
 @triton.jit

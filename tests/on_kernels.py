@@ -1,7 +1,7 @@
 """What the tests of the CUDA kernels share. Imported, it loads Triton: to be interpreted, where there is no GPU."""
 
 import sys
-from importlib.metadata import version
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,17 +14,12 @@ from mango import MANGO, CompressionConfig, master
 from mango.codecs import Encoded
 from mango.fused import Work
 from mango.fused_cuda import FusedUpdateCUDA
+from tests.rungs import M8V8
 from tests.test_native import EPS, agree, flips, twins
 
 if find_spec("triton") is None:
     pytest.skip("the CUDA kernels are written in Triton, which is not installed", allow_module_level=True)
 ON_GPU = torch.cuda.is_available()
-TRITON = version("triton")
-if not ON_GPU and tuple(int(part) for part in TRITON.split(".")[:2]) < (3, 9):
-    pytest.skip(
-        f"the interpreter of Triton {TRITON} does not take these kernels (it takes tensors for scalars); 3.9 does",
-        allow_module_level=True,
-    )
 if not ON_GPU and "triton" in sys.modules:
     pytest.skip("Triton was loaded before, and not to be interpreted: run these tests by themselves", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
@@ -119,6 +114,28 @@ def same(mine: MANGO, twin: MANGO, before: list[Tensor]) -> None:
                     assert torch.allclose(own.encoded[slot].parts[name], part, rtol=1e-5, atol=atol), (slot, name)
             else:
                 agree(on_cpu(own.encoded[slot]), on_cpu(enc))
+
+
+def step_alike(mine: MANGO, twin: MANGO, grads: list[Tensor], step: int, fused: FusedUpdateCUDA | None = None) -> None:
+    """From one state: `mine` takes a step by the kernels, `twin` by the twins, and they are the `same` after it."""
+    before = values(twin)
+    by_kernels(mine, grads, step, fused)
+    by_twins(twin, grads, step)
+    same(mine, twin, before)
+
+
+def left_to_the_twins(why: str) -> MANGO:
+    """An optimizer nothing of which the kernels cover, for a reason that they tell once."""
+    optimizer = build("float32", M8V8)
+    work = works(optimizer, gradients(optimizer, 1))
+    fused = FusedUpdateCUDA(optimizer.targets, optimizer.statistics, optimizer.seed)
+    with pytest.warns(UserWarning, match=why):
+        assert not fused.covers(work[0].target, work[0].state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not any(fused.covers(w.target, w.state) for w in work)
+    assert fused.settle() == 0
+    return optimizer
 
 
 def stored(optimizer: MANGO, i: int) -> list[Tensor]:
