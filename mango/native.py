@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
+HEADERS = (SOURCE.with_name("native_formats.h"), SOURCE.with_name("native_adam.h"))
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 # Number in native.c, and per part: so many entries of the tensor are so many of its own, and its dtype. Codes of less
 # than a byte are counted in bytes.
@@ -85,7 +86,8 @@ def build(folder: Path) -> Path:
         flags.append("-mprefer-vector-width=512")
     # torch has loaded GNU's OpenMP already; one more in the process would compete with its threads
     flags.append("-fopenmp" if hasattr(ctypes.CDLL(None), "GOMP_parallel") else "-fopenmp-simd")
-    digest = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *flags, _cpu()]).encode()).hexdigest()[:16]
+    written = [file.read_text() for file in (SOURCE, *HEADERS)]
+    digest = hashlib.sha256("\n".join([*written, compiler, *flags, _cpu()]).encode()).hexdigest()[:16]
     library = folder / f"native-{digest}.so"
     if library.exists():
         return library

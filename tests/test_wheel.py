@@ -55,8 +55,8 @@ def test_the_wheel_carries_three_packages_and_the_frozen_policies_and_nothing_el
     assert {name.removeprefix("mango/frozen/") for name in names if name.startswith("mango/frozen/")} == frozen
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
     assert {f"train_policy/configs/{p.name}" for p in (ROOT / "train_policy" / "configs").glob("*.yml")} <= names
-    assert {"mango/native.c", "mango/ladder.json"} <= names
-    assert {name for name in names if not name.endswith((".py", ".typed", ".yml", ".safetensors", ".json", ".c"))} == set()
+    assert {"mango/native.c", "mango/native_formats.h", "mango/native_adam.h", "mango/ladder.json"} <= names
+    assert {name for name in names if not name.endswith((".py", ".typed", ".yml", ".safetensors", ".json", ".c", ".h"))} == set()
 
 
 @pytest.mark.wheel
