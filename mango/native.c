@@ -12,6 +12,7 @@
 #define CHUNK 65536                       /* entries that one thread takes at a time */
 #define SLABS 16                          /* pieces in which row and column sums of one large matrix are taken */
 #define AHEAD 4                           /* blocks that memory is asked for in advance */
+#define FAR 4096                          /* entries that the sum of squares asks for in advance: it has one stream, and little to do */
 #define LIMIT 10.0f                       /* rules.UPDATE_LIMIT */
 
 enum { ADAMW, ADAM, SGD, LION };
@@ -146,7 +147,7 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
         }
         const int whole = entries == BLOCK;                              /* float32 is worked on where it lies */
 #ifdef __AVX512F__
-        if (registers && whole) {
+        if (registers && whole && (job->v_format == FACTORED || ((const float *)job->v_scale)[at / 256] < 0x1p90f)) {
             float *given = job->v_format == FACTORED ? buffers[3] : 0;
             if (given) factored_variance(job, at, BLOCK, part->rows_mean, (const float *)job->grad + at, given);
             if (job->m_format == NF4) adam_registers(NF4, &rule, job, at, decay, buffers[3]);
@@ -205,7 +206,10 @@ static double squares(const float *g, int64_t n) {
         const int64_t stop = n - at < 4096 ? n : at + 4096, whole = stop - (stop - at) % 64;
         ALIGNED float lanes[64] = {0};
         float sum = 0;
-        for (int64_t from = at; from < whole; from += 64) { SIMD for (int j = 0; j < 64; j++) lanes[j] += g[from + j] * g[from + j]; }
+        for (int64_t from = at; from < whole; from += 64) {
+            for (int line = 0; line < 64; line += 16) __builtin_prefetch(g + from + FAR + line, 0, 2);
+            SIMD for (int j = 0; j < 64; j++) lanes[j] += g[from + j] * g[from + j];
+        }
         for (int64_t j = whole; j < stop; j++) sum += g[j] * g[j];
         _Pragma("omp simd reduction(+ : sum)") for (int j = 0; j < 64; j++) sum += lanes[j];
         total += sum;

@@ -55,16 +55,27 @@ static inline __m512i mix16(__m512i x) {
     return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
 }
 
+/* the lowest byte of each */
+static inline __m128i low_bytes(__m512i x) {
+#ifdef __AVX512VBMI__
+    const __m128i each = _mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+    return _mm512_castsi512_si128(_mm512_permutexvar_epi8(_mm512_castsi128_si512(each), x));      /* one operation, not two */
+#else
+    return _mm512_cvtepi32_epi8(x);
+#endif
+}
+
 /* root_codes to nearest, signed. Below a quarter of the first level the root is no number, and what it converts to ends in a
  * zero byte. The scale is the largest |x| to 2^-8, which is not enough to pass 127.5. */
 static inline __m128i nearest_root(__m512 x, __m512 unit) {
     __m512 a = _mm512_fmsub_ps(_mm512_abs_ps(x), unit, _mm512_set1_ps(0.25f)), root = _mm512_mul_ps(a, _mm512_rsqrt14_ps(a));
     const __m512i sign = _mm512_set1_epi32(INT32_MIN);
     __m512i whole = _mm512_ternarylogic_epi32(sign, _mm512_castps_si512(x), _mm512_castps_si512(root), 0xca);     /* sign ? x : root */
-    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_castsi512_ps(whole)));
+    return low_bytes(_mm512_cvtps_epi32(_mm512_castsi512_ps(whole)));
 }
 
-/* root_codes by chance, unsigned, from bits below 2^16. What is not zero gets a code of at least one, also where the root is no number. */
+/* root_codes by chance, unsigned, from bits below 2^16. What is not zero gets a code of at least one, also where the root is no
+ * number. `unit` leaves the largest x a 2^-20 below its code, so that none passes 255. */
 static inline __m128i chance_root(__m512 x, __m512 unit, __m512i bits) {
     __m512 share = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0x1p-16f), _mm512_set1_ps(0x1p-17f));
     __m512 a = _mm512_fmadd_ps(x, unit, _mm512_fmsub_ps(share, share, share));
@@ -72,7 +83,7 @@ static inline __m128i chance_root(__m512 x, __m512 unit, __m512i bits) {
     s = _mm512_fmsub_ps(_mm512_mul_ps(s, _mm512_fnmadd_ps(s, r, _mm512_set1_ps(3.0f))), _mm512_set1_ps(0.5f), share);
     __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
     s = _mm512_maskz_max_ps(some, s, _mm512_set1_ps(0x1p-20f));                                                   /* no number: the other one */
-    return _mm512_cvtusepi32_epi8(_mm512_cvt_roundps_epi32(s, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+    return low_bytes(_mm512_cvt_roundps_epi32(s, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
 }
 
 /* NF4's levels lie further apart than 2/31 of their range: a cell of that width holds one at most. By cell, the level at or
@@ -111,25 +122,26 @@ static inline __m512 values_nf4(const uint8_t *codes) {
 }
 
 /* A whole block of float32 under Adam, its moments kept in registers: what the general way does in passes over buffers, with
- * constants multiplied together beforehand. The first moment is in 8 bits, to nearest, or in NF4, by chance; the second in
- * 8 bits, by chance, and then worked on in units of fresh2 / fresh1^2, or given. */
+ * constants multiplied together beforehand: moments are worked on in units of fresh1 and fresh2. The first is in 8 bits, to
+ * nearest, or in NF4, by chance; the second in 8 bits, by chance, or given. */
 static inline __attribute__((always_inline)) void adam_registers(int m_format, const Adam *a, const Job *job, int64_t at, float decay, float *given) {
     const int span = m_format == NF4 ? 64 : 128;
-    const float *g = (const float *)job->grad + at, share = given ? 1.0f : a->fresh2 / (a->fresh1 * a->fresh1);
+    const float *g = (const float *)job->grad + at, share = given ? 1.0f : a->fresh2;
     float *p = (float *)job->param + at, *v_scale = (float *)job->v_scale + at / 256, m_least = 0x1p100f, v_high = 1.0f, m_unit[4];
     uint16_t *m_scale = (uint16_t *)job->m_scale + at / span;
     uint8_t *m_codes = (uint8_t *)job->m_codes + (m_format == NF4 ? at / 2 : at), *v_codes = (uint8_t *)job->v_codes + at;
-    const __m512 fresh1 = _mm512_set1_ps(a->fresh1), three = _mm512_set1_ps(3.0f), two = _mm512_set1_ps(2.0f), zero = _mm512_setzero_ps();
+    const __m512 three = _mm512_set1_ps(3.0f), two = _mm512_set1_ps(2.0f), zero = _mm512_setzero_ps();
+    const float stride = a->stride * a->fresh1;
     const __m512 keep = _mm512_set1_ps(decay), most = _mm512_set1_ps(LIMIT * a->lr);
-    const __m512 over = _mm512_set1_ps(0.5f * sqrtf(share) * a->unbias2 / a->stride), eps = _mm512_set1_ps(a->eps / a->stride);
+    const __m512 over = _mm512_set1_ps(0.5f * sqrtf(share) * a->unbias2 / stride), eps = _mm512_set1_ps(a->eps / stride);
     const __m512 v_keep = _mm512_set1_ps(given ? 0.0f : *v_scale / 65025.0f * (a->beta2 / share));
     ALIGNED float m[BLOCK], own[BLOCK], *v = given ? given : own;
     __m512 v_most = zero;
     for (int part = 0; part < BLOCK / span; part++) {
-        const __m512 m_keep = _mm512_set1_ps(bf16_float(m_scale[part]) * (1.0f - a->fresh1) / (m_format == NF4 ? 1.0f : 16129.0f));
+        const __m512 m_keep = _mm512_set1_ps(bf16_float(m_scale[part]) * ((1.0f - a->fresh1) / a->fresh1) / (m_format == NF4 ? 1.0f : 16129.0f));
         __m512 m_most = zero;
         for (int j = span * part; j < span * part + span; j += 16) {
-            __m512 grad = _mm512_mul_ps(_mm512_loadu_ps(g + j), fresh1), avg, square;
+            __m512 grad = _mm512_loadu_ps(g + j), avg, square;
             if (m_format == NF4) {
                 avg = values_nf4(m_codes + j / 2);
             } else {
@@ -146,7 +158,7 @@ static inline __attribute__((always_inline)) void adam_registers(int m_format, c
                 v_most = _mm512_max_ps(v_most, square);
             }
             _mm512_store_ps(m + j, avg);
-            m_most = _mm512_max_ps(m_most, _mm512_abs_ps(avg));
+            m_most = _mm512_range_ps(m_most, avg, 0xb);                                       /* the larger in size, without its sign */
             __mmask16 some = _mm512_cmp_ps_mask(square, zero, _CMP_GT_OQ);
             __m512 r = _mm512_rsqrt14_ps(square), root = _mm512_mul_ps(square, r);
             root = _mm512_mul_ps(root, _mm512_fnmadd_ps(root, r, three));                         /* twice the root */
@@ -155,23 +167,24 @@ static inline __attribute__((always_inline)) void adam_registers(int m_format, c
             move = _mm512_maskz_range_ps(some, move, most, 0x2);                                  /* the smaller in size, the sign of move */
             _mm512_storeu_ps(p + j, _mm512_fmadd_ps(_mm512_loadu_ps(p + j), keep, move));
         }
-        const float high = _mm512_reduce_max_ps(m_most);
+        const float high = _mm512_reduce_max_ps(m_most) * a->fresh1;
         m_least = less(m_least, high);
         m_scale[part] = float_bf16(high);
-        m_unit[part] = (m_format == NF4 ? 1.0f : 16129.0f) / bf16_float(m_scale[part]);
+        m_unit[part] = (m_format == NF4 ? 1.0f : 16129.0f) * a->fresh1 / bf16_float(m_scale[part]);
     }
     if (!given) {
         v_high = _mm512_reduce_max_ps(v_most);
         *v_scale = v_high * share;
     }
     if (less(m_least, less(v_high, given ? v_high : *v_scale)) < 0x1p-99f) {                      /* zeros, or so small that 1 / scale overflows */
+        SIMD for (int j = 0; j < BLOCK; j++) m[j] *= a->fresh1;
         encode(m_format, job->m_codes, job->m_scale, 0, at, BLOCK, m, mix(job->key + 1), m_format == NF4);
         if (given) return;
         SIMD for (int j = 0; j < BLOCK; j++) v[j] *= share;
         encode(UNSIGNED8, job->v_codes, job->v_scale, 0, at, BLOCK, v, mix(job->key + 2), 1);
         return;
     }
-    const __m512 v_unit = _mm512_set1_ps(65025.0f / v_high);
+    const __m512 v_unit = _mm512_set1_ps(65025.0f * (1.0f - 0x1p-20f) / v_high);
     const __m512i low = _mm512_set1_epi32(0xffff), lanes = _mm512_set1_epi32((int)(16 * GOLDEN));
     __m512i count = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)GOLDEN));
     count = _mm512_add_epi32(count, _mm512_set1_epi32((int)block_key(mix(job->key + (m_format == NF4 ? 1 : 2)), at)));
