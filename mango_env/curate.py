@@ -14,6 +14,7 @@ import numpy as np
 
 from mango_env.dataset import TrajectoryDataset, open_datasets
 from mango_env.episode import Episode
+from mango_env.interrupts import interrupts_held
 from mango_env.layout import Header, Paths, as_json, aside, explained, sync, write_text
 from mango_env.reward import Reward
 from mango_env.shards import ShardWriter
@@ -129,11 +130,12 @@ def _pack(dataset: TrajectoryDataset, target: Path, compression: str | None) -> 
         try:
             for episode in dataset:
                 shard.add(episode)
-            shard.publish(json.dumps(dataset.metadata))
+            with interrupts_held():
+                shard.publish(json.dumps(dataset.metadata))
+                os.replace(temporary, target)
         except BaseException:
             shard.abandon()
             raise
-        os.replace(temporary, target)
         sync(target.parent)
     except BaseException as error:
         temporary.with_name(temporary.name + ".tmp").unlink(missing_ok=True)

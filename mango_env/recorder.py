@@ -26,6 +26,7 @@ from mango.layers import Layer
 from mango.optimizer import MANGO, Decision
 from mango.policies import POLICIES, ScoringPolicy
 from mango_env.episode import Episode
+from mango_env.interrupts import interrupts_held
 from mango_env.reward import Reward, RewardTerms
 from mango_env.run import TrainingRun, whole_number
 from mango_env.store import TrajectoryWriter
@@ -163,8 +164,9 @@ def record_run(
     error: str | None = None if not len(track) else interval.error
     episodes = [] if not len(track) else track.episodes(run.observe(), run.done, facts(run, name, run_id, reward))
     if writer is not None:
-        for episode in episodes:
-            writer.add(episode)
+        with interrupts_held():                              # all layers of a run or none
+            for episode in episodes:
+                writer.add(episode)
     evaluation, problem = run.evaluate_or_error()
     return RunSummary(
         run_id=run_id,
@@ -310,6 +312,7 @@ class TrajectoryRecorder:
             self._flush()
         self._decided(self._seen, decision.applied, decision.bytes.numpy())
 
+    @interrupts_held()
     def _flush(self) -> None:
         """Write the decisions whose outcome is known, as one episode per layer."""
         if not len(self._track):
@@ -336,6 +339,7 @@ class TrajectoryRecorder:
         self._parts += 1
         self._track = Track(self.optimizer.layers, self.optimizer.ladder)
 
+    @interrupts_held()
     def close(self) -> Path:
         """Stop recording, write what is left, and return the store's root. Calling it again does nothing."""
         self._hook.remove()

@@ -160,12 +160,14 @@ def _write(target: Path, header: Header, episodes: list[Episode]) -> None:
             for episode in episodes:
                 shard.add(episode)
             shard.publish()
-        except OSError:
+        except BaseException:
             shard.abandon()
             raise
-    except OSError as error:
+    except BaseException as error:
         target.with_name(target.name + ".tmp").unlink(missing_ok=True)
-        raise explained(error, f"cannot write {target}", "make room and run it again; nothing was lost") from error
+        if isinstance(error, OSError):
+            raise explained(error, f"cannot write {target}", "make room and run it again; nothing was lost") from error
+        raise
 
 
 def _quarantine(paths: Paths, file: Path) -> str:

@@ -6,6 +6,8 @@ Three measures make that so, and `tests/test_store_faults.py` cuts a recording a
 - every episode carries the hash of its content, so a half-written one is recognised;
 - after the first write that fails, nothing more reaches the file (`StoppingFile`): what lies on the disk is always
   the beginning of what would have been written.
+
+Ctrl-C waits until the file is whole (`interrupts_held`; `tests/test_interrupts.py`).
 """
 
 import errno
@@ -21,6 +23,7 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5o, h5p, h5s, h5t
 
 from mango_env.episode import RESERVED, Array, Episode
+from mango_env.interrupts import interrupts_held
 from mango_env.layout import Header, publish
 from mango_env.stopping_file import StoppingFile, new_file
 
@@ -58,11 +61,12 @@ class ShardWriter:
         self._create = _creation(compression)
         self._file = StoppingFile(self.temporary)
         try:
-            self._h5 = h5py.File(self._file, "w")
-            self._h5.attrs["mango"] = json.dumps(header.to_dict())
-            for j in range(capacity):
-                h5g.create(self._h5.id, b"episode_%d" % j)
-            self.flush()
+            with interrupts_held():
+                self._h5 = h5py.File(self._file, "w")
+                self._h5.attrs["mango"] = json.dumps(header.to_dict())
+                for j in range(capacity):
+                    h5g.create(self._h5.id, b"episode_%d" % j)
+                self.flush()
         except BaseException:
             self.abandon()
             raise
@@ -72,6 +76,7 @@ class ShardWriter:
         """Size of the file so far."""
         return int(self._h5.id.get_filesize())
 
+    @interrupts_held()
     def add(self, episode: Episode) -> None:
         """Write a whole episode and hand it to the operating system: from here on it survives the end of the process."""
         if self.count >= self.capacity:
@@ -90,11 +95,13 @@ class ShardWriter:
         self.flush()
         self.count += 1
 
+    @interrupts_held()
     def flush(self) -> None:
         self._h5.flush()
         if self._file.error is not None:
             raise self._file.error
 
+    @interrupts_held()
     def publish(self, metadata: str | None = None) -> None:
         """Close the file and give it its name. Empty places are left out.
 
@@ -121,6 +128,7 @@ class ShardWriter:
         self.abandon()
         self.temporary.unlink()
 
+    @interrupts_held()
     def abandon(self) -> None:
         """Let go of the file as it is; `salvage` finds what was flushed."""
         if self._file.error is None:

@@ -19,6 +19,7 @@ import h5py
 from mango.config import LADDER, NVEC, Ladder
 from mango.features import FEATURES
 from mango_env.episode import Episode
+from mango_env.interrupts import interrupts_held
 from mango_env.layout import (
     MINARI_VERSION,
     SHARDS,
@@ -44,9 +45,9 @@ class TrajectoryWriter:
     """Appends episodes to the store at `root`; as many processes as you like may do so at once, each with its own writer.
 
     Episodes are handed to the operating system one by one as they are added, so a killed process loses at most the one it
-    was writing: `salvage` brings the others into the store. Shards of `episodes_per_shard` episodes or `max_shard_bytes`
-    bytes are closed, forced to the disk and renamed; then they never change. `compression` ("lzf", "gzip") makes
-    observations a third smaller and recording several times slower.
+    was writing: `salvage` brings the others into the store. Ctrl-C waits for the end of `add` and of `close`. Shards of
+    `episodes_per_shard` episodes or `max_shard_bytes` bytes are closed, forced to the disk and renamed; then they never
+    change. `compression` ("lzf", "gzip") makes observations a third smaller and recording several times slower.
 
     With `index=False` closing the writer leaves the index alone: call `finalize(root)` once when many writers are done.
 
@@ -82,6 +83,7 @@ class TrajectoryWriter:
         self._stem = f"{slug(socket.gethostname())}-{self._pid}-{secrets.token_hex(3)}"
         self._lock: WriterLock | None = WriterLock(self.paths.shards / f"{self._stem}.lock")
 
+    @interrupts_held()
     def add(self, episode: Episode) -> None:
         """Record one finished episode."""
         if self._lock is None:
@@ -103,6 +105,7 @@ class TrajectoryWriter:
             self._abandon()
             raise self._failed(error) from error
 
+    @interrupts_held()
     def close(self) -> Path:
         """Publish what was recorded and rebuild the index. Returns the root of the store."""
         if self._lock is None:
@@ -181,6 +184,7 @@ def finalize(root: str | os.PathLike[str]) -> dict[str, Any]:
         return write_index(paths, header, sorted(entries))
 
 
+@interrupts_held()
 def write_index(paths: Paths, header: Header, entries: Sequence[Entry]) -> dict[str, Any]:
     """Replace index and metadata; the caller holds the index lock."""
     index, described = aside(paths.index), aside(paths.metadata)

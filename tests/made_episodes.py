@@ -141,6 +141,20 @@ def record_until_killed(told: Any, root: Path, run: int, per_shard: int) -> None
             told.send(layer)
 
 
+def record_until_interrupted(asked: Any, root: Path) -> None:
+    """Record a store into each folder that is asked for, until Ctrl-C; tell when it begins and how many episodes it added."""
+    while (i := asked.recv()) is not None:
+        added = 0
+        try:
+            with writer(root / str(i), episodes_per_shard=3) as w:
+                asked.send("recording")
+                for layer in range(10**6):
+                    w.add(make_episode(i, layer))
+                    added += 1
+        except KeyboardInterrupt:
+            asked.send(added)
+
+
 def build_cache_killed_after(root: Path, episodes: int) -> None:
     """Start to build a cache and end by SIGKILL after some episodes; never for 0."""
     from mango_env import cache

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,26 +88,32 @@ def test_processes_record_what_one_process_records(tmp_path: Path) -> None:
     assert TrajectoryDataset(tmp_path / "one").digest == TrajectoryDataset(tmp_path / "two").digest
 
 
-def test_ctrl_c_leaves_every_finished_episode_in_the_store(tmp_path: Path) -> None:
-    """A real process and a real signal."""
+@pytest.mark.parametrize(("workers", "group"), [(1, False), (2, False), (2, True)])
+def test_ctrl_c_leaves_every_finished_episode_in_the_store(workers: int, group: bool, tmp_path: Path) -> None:
+    """A real process and a real signal; a terminal sends it to the worker processes, too."""
+    seeds = 100_000 if workers == 1 else 2000
     code = (
         "from train_policy.collect import CollectArgs, collect; from mango_env.reward import Reward; "
         "args = CollectArgs(horizon=6, interval=3, reward=Reward(loss='raw')); "
-        f"collect({TINY!r}, ['random'], 100000, 1.5, {str(tmp_path / 's')!r}, args)"
+        f"collect({TINY!r}, ['random'], {seeds}, 1.5, {str(tmp_path / 's')!r}, args, workers={workers})"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, env=environment)
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "s" / "data" / "shards").glob("*.h5")) and time.monotonic() < deadline:
-            time.sleep(0.05)                                     # the first shard of 50 episodes is full
-        process.send_signal(signal.SIGINT)
+        full = 1 if workers == 1 else 4                          # shards of 50 episodes, or of a batch of 8 runs
+        while len(list((tmp_path / "s" / "data" / "shards").glob("*.h5"))) < full and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert b"KeyboardInterrupt" in errors
     assert not list((tmp_path / "s" / "data" / "shards").glob("*.tmp"))
+    assert not list((tmp_path / "s" / "data" / "shards").glob("[!.]*.lock"))
     dataset = TrajectoryDataset(tmp_path / "s")
     assert len(dataset) >= 50 and all(len(layers) == total == 2 for layers, total in recorded_layers(tmp_path / "s").values())
 

@@ -6,12 +6,16 @@ seeds or behaviours later records only what is missing.
 
 import hashlib
 import json
+import os
+import signal
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from torch import Tensor
 from mango.config import LADDER, CompressionConfig
 from mango.policies import Choice, RandomPolicy, ScoringPolicy, random_action
 from mango.policy_choice import proposals
+from mango_env.interrupts import interrupted_once, interrupts_held
 from mango_env.recorder import RunSummary, record_run
 from mango_env.reward import Reward
 from mango_env.run import DEFAULT_INTERVAL, TrainingRun
@@ -212,9 +217,10 @@ def collect(
     results: list[RunSummary] = []
     with progress_line("collecting", len(jobs), progress) as advance:
         run = _record_here if workers <= 1 or len(jobs) < 2 else _record_in_processes
-        for summary in run(jobs, Path(root), label, workers):
-            results.append(summary)
-            advance(1, status=f"{summary.workload} {summary.policy} return {summary.returns:+.3f}")
+        with closing(run(jobs, Path(root), label, workers)) as summaries:
+            for summary in summaries:
+                results.append(summary)
+                advance(1, status=f"{summary.workload} {summary.policy} return {summary.returns:+.3f}")
     return _summary(Path(root), results, len(asked) - len(jobs), time.perf_counter() - began)
 
 
@@ -287,34 +293,64 @@ def _writer(root: Path, label: str, args: CollectArgs, index: bool = True) -> Tr
     return TrajectoryWriter(root, task=label, policy="mixed", reward=args.reward, index=index)
 
 
-def _record_here(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Iterator[RunSummary]:
+def _record_here(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Generator[RunSummary, None, None]:
     if jobs:
         with _writer(root, label, jobs[0].args) as writer:
             for job in jobs:
                 yield _record(job, writer)
 
 
-def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Iterator[RunSummary]:
+def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Generator[RunSummary, None, None]:
     """Small batches of jobs to spawned processes; the index is rebuilt once, whatever happens."""
     size = max(1, min(8, len(jobs) // (4 * workers)))
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=_begin_worker)
+    others, waiting = active_children(), set[Future[list[RunSummary]]]()
     try:
-        waiting: set[Future[list[RunSummary]]] = {
-            pool.submit(_record_batch, jobs[i : i + size], root, label) for i in range(0, len(jobs), size)
-        }
+        with interrupts_held(), _sigint_blocked():           # which the processes that start here inherit
+            waiting = {pool.submit(_record_batch, jobs[i : i + size], root, label) for i in range(0, len(jobs), size)}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 yield from future.result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if (root / "data").is_dir():
-            finalize(root)
+        with interrupts_held():
+            started = [child for child in active_children() if child not in others]
+            _interrupt(started, {future for future in waiting if not future.cancel()})
+            pool.shutdown(wait=True, cancel_futures=True)
+            if (root / "data").is_dir():
+                finalize(root)
 
 
 def _record_batch(jobs: Sequence[Job], root: Path, label: str) -> list[RunSummary]:
-    with _writer(root, label, jobs[0].args, index=False) as writer:
+    with interrupted_once(), _writer(root, label, jobs[0].args, index=False) as writer:
         return [_record(job, writer) for job in jobs]
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker() -> None:
+    """A worker listens to Ctrl-C only while it records: dying at any other time it would take the other workers along."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _interrupt(workers: Sequence[BaseProcess], running: set[Future[list[RunSummary]]]) -> None:
+    """Have the workers close their shards, and wait for it. Asked again, since they do not listen all the time."""
+    pause = 0.0
+    while wait(running, timeout=pause).not_done:
+        for worker in workers:
+            if worker.is_alive() and worker.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGINT)
+        pause = 0.5
 
 
 def _summary(root: Path, results: Sequence[RunSummary], skipped: int, seconds: float) -> CollectSummary:
