@@ -82,12 +82,7 @@ def train(args: Args) -> Path:
         ddp.register_comm_hook(travelled, encoded_gradient_hook)
     optimizer = MANGO(ddp.named_parameters(), lr=args.lr, policy=args.policy, policy_update_freq=args.interval,
                       memory_budget=budget(args.memory_budget), shard=args.shard and world > 1)  # fmt: skip
-    saved = sorted(folder.glob("step-*"))
-    if saved:
-        weights = model.state_dict()
-        load({"model": weights}, checkpoint_id=saved[-1])
-        model.load_state_dict(weights)
-        load_checkpoint_state(optimizer, saved[-1])
+    resume(model, optimizer, folder)
     losses, held = [], optimizer.state_bytes()
     for x, y in batches(args, optimizer.steps, rank, world):
         optimizer.zero_grad()
@@ -97,13 +92,11 @@ def train(args: Args) -> Path:
         optimizer.step()
         losses.append(float(loss.detach()))
         held = max(held, optimizer.state_bytes())
-    place = folder / f"step-{optimizer.steps:07d}"           # a folder of its own: a job killed here leaves the last one whole
-    save({"model": model.state_dict(), "optimizer": checkpoint_state(optimizer)}, checkpoint_id=place)
-    report = {"args": asdict(args), "versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "ranks": world,
-              "steps": optimizer.steps, "first_loss": losses[0], "loss": sum(losses[-5:]) / len(losses[-5:]),
-              "budget": optimizer.memory_budget, "state_bytes": everywhere(held, world, device),
-              "sent_bytes": None if travelled is None else [travelled.sent_bytes, travelled.plain_bytes]}  # fmt: skip
-    return finish(folder, report, rank, world)
+    keep(model, optimizer, folder)
+    sent = None if travelled is None else [travelled.sent_bytes, travelled.plain_bytes]
+    report = {"args": asdict(args), "ranks": world, "steps": optimizer.steps, "budget": optimizer.memory_budget,
+              "state_bytes": everywhere(held, world, device), "sent_bytes": sent}  # fmt: skip
+    return finish(folder, report, losses, rank)
 
 
 def budget(text: str) -> float | int | str:
@@ -112,6 +105,22 @@ def budget(text: str) -> float | int | str:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
         return text
+
+
+def resume(model: nn.Module, optimizer: MANGO, folder: Path) -> None:
+    """Go on from the folder's last checkpoint, if it has one; any number of ranks may have written it."""
+    saved = sorted(folder.glob("step-*"))
+    if saved:
+        weights = model.state_dict()
+        load({"model": weights}, checkpoint_id=saved[-1])
+        model.load_state_dict(weights)
+        load_checkpoint_state(optimizer, saved[-1])
+
+
+def keep(model: nn.Module, optimizer: MANGO, folder: Path) -> None:
+    """Write a checkpoint, each into a folder of its own: a job killed here leaves the last one whole."""
+    place = folder / f"step-{optimizer.steps:07d}"
+    save({"model": model.state_dict(), "optimizer": checkpoint_state(optimizer)}, checkpoint_id=place)
 
 
 def everywhere(number: int, world: int, device: torch.device) -> list[int]:
@@ -123,30 +132,32 @@ def everywhere(number: int, world: int, device: torch.device) -> list[int]:
     return [int(each) for each in found]
 
 
-def finish(folder: Path, report: dict[str, Any], rank: int, world: int) -> Path:
+def finish(folder: Path, report: dict[str, Any], losses: list[float], rank: int) -> Path:
     """Write the report, once, and part."""
     path = folder / "result.json"
+    report["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    report |= {"first_loss": losses[0], "loss": sum(losses[-5:]) / len(losses[-5:])}
     if rank == 0:
         path.write_text(json.dumps(report, indent=1))
         print(f"step {report['steps']}: loss {report['loss']:.3f}; state bytes by rank {report['state_bytes']},"
               f" budget {report['budget']} each; {path}")  # fmt: skip
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return path
 
 
-def parse() -> Args:
-    """The command line: one option per field of `Args`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        kind: Any = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
-    return Args(**vars(parser.parse_args()))
+def parse(kind: Any, description: str | None) -> Any:
+    """The command line as a dataclass: one option per field."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(kind):
+        how: Any = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **how)
+    return kind(**vars(parser.parse_args()))
 
 
 def main() -> None:
-    train(parse())
+    train(parse(Args, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,25 @@
 """FSDP2: parameters, gradients and optimizer state in shards, each rank's state inside a budget of its own.
 
-    torchrun --nproc-per-node 2 deploy/fsdp2.py --steps 100
+    torchrun --nproc-per-node 2 -m deploy.fsdp2 --steps 100
 
 Runs on CPUs (gloo) and GPUs (NCCL). Started again with the same `--folder` it goes on where it stopped, on any number of
-processes: shards that lie elsewhere then are put together and encoded anew. Copy it and put your model and data in place.
+processes: shards that lie elsewhere then are put together and encoded anew. Copy it and
+`ddp.py`, of which it takes checkpoints and report, and put your model and data in place.
 """
 
-import argparse
-import json
-import os
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from deploy.ddp import everywhere, finish, keep, parse, resume, start
 from mango import MANGO
-from mango.distributed import checkpoint_state, load_checkpoint_state
 
 
 @dataclass
@@ -78,21 +72,12 @@ def batches(args: Args, start: int, rank: int, world: int) -> Iterator[tuple[Ten
 
 def train(args: Args) -> Path:
     """Train, and tell from every rank how many bytes of state it held at most."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank, world, folder = dist.get_rank(), dist.get_world_size(), Path(args.folder)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    (rank, world, device), folder = start(), Path(args.folder)
     model = network()
     # Built after `fully_shard`: the optimizer sees DTensors and keeps the state of this rank's shards alone.
     optimizer = MANGO(model.named_parameters(), lr=args.lr, policy=args.policy, policy_update_freq=args.interval,
                       memory_budget=args.fraction)  # fmt: skip
-    saved = sorted(folder.glob("step-*"))
-    if saved:
-        weights = model.state_dict()
-        load({"model": weights}, checkpoint_id=saved[-1])
-        model.load_state_dict(weights)
-        load_checkpoint_state(optimizer, saved[-1])
+    resume(model, optimizer, folder)
     losses, held = [], optimizer.state_bytes()
     for x, y in batches(args, optimizer.steps, rank, world):
         optimizer.zero_grad()
@@ -103,35 +88,14 @@ def train(args: Args) -> Path:
         optimizer.step()
         losses.append(float(loss.detach()))
         held = max(held, optimizer.state_bytes())
-    place = folder / f"step-{optimizer.steps:07d}"           # a folder of its own: a job killed here leaves the last one whole
-    save({"model": model.state_dict(), "optimizer": checkpoint_state(optimizer)}, checkpoint_id=place)
-    found = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world)]
-    dist.all_gather(found, torch.tensor(held, device=device))
-    path = folder / "result.json"
-    if rank == 0:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        report = {"args": asdict(args), "versions": versions, "ranks": world,
-                  "steps": optimizer.steps, "first_loss": losses[0], "loss": sum(losses[-5:]) / len(losses[-5:]),
-                  "budget": optimizer.memory_budget, "state_bytes": [int(each) for each in found]}  # fmt: skip
-        path.write_text(json.dumps(report, indent=1))
-        print(f"step {report['steps']}: loss {report['loss']:.3f}; state bytes by rank {report['state_bytes']},"
-              f" budget {report['budget']} each; {path}")  # fmt: skip
-    dist.barrier()
-    dist.destroy_process_group()
-    return path
-
-
-def parse() -> Args:
-    """The command line: one option per field of `Args`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        kind: Any = field.type
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    return Args(**vars(parser.parse_args()))
+    keep(model, optimizer, folder)
+    report = {"args": asdict(args), "ranks": world, "steps": optimizer.steps, "budget": optimizer.memory_budget,
+              "state_bytes": everywhere(held, world, device)}  # fmt: skip
+    return finish(folder, report, losses, rank)
 
 
 def main() -> None:
-    train(parse())
+    train(parse(Args, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Recorded runs for the tests of training, made once per process: by a teacher, by behaviours of mixed quality, and a puzzle."""
+"""Recorded runs for the tests of training (`conftest.py`): by a teacher, by behaviours of mixed quality, and a puzzle."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from mango.config import LADDER
 from mango.features import FEATURE_DIM
@@ -21,31 +19,24 @@ from train_policy.collect import CollectArgs, collect
 
 WORKLOAD, AMPLE = "digits_mlp", 1.2                          # with an ample budget every decision is applied as it was made
 MIXED, TEACHER = CollectArgs(horizon=30, interval=5), CollectArgs(horizon=80, interval=4)
-_caches: dict[str, TrajectoryCache] = {}
 
 
-def mixed(factory: pytest.TempPathFactory) -> TrajectoryCache:
+def mixed(root: Path) -> TrajectoryCache:
     """Random, every fixed rung and an exploring heuristic: good decisions and bad ones."""
-    policies = ["random", "fixed", "explore:water-filling"]
-    return _once("mixed", factory, lambda root: collect([WORKLOAD], policies, 3, [AMPLE], root, MIXED))
+    collect([WORKLOAD], ["random", "fixed", "explore:water-filling"], 3, [AMPLE], root, MIXED)
+    return build_cache(root)
 
 
-def expert(factory: pytest.TempPathFactory) -> TrajectoryCache:
+def expert(root: Path) -> TrajectoryCache:
     """Water-filling, a deterministic teacher, under two budgets."""
-    return _once("expert", factory, lambda root: collect([WORKLOAD], ["water-filling"], 8, [0.25, AMPLE], root, TEACHER))
+    collect([WORKLOAD], ["water-filling"], 8, [0.25, AMPLE], root, TEACHER)
+    return build_cache(root)
 
 
-def puzzle(factory: pytest.TempPathFactory) -> TrajectoryCache:
+def puzzle(root: Path) -> TrajectoryCache:
     """Made-up runs with a known answer: rungs are drawn uniformly, one pays 1 (`answer` says which), the others nothing."""
-    return _once("puzzle", factory, lambda root: write_puzzle(root, 30))
-
-
-def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], Any]) -> TrajectoryCache:
-    if name not in _caches:
-        root = factory.mktemp(name) / "store"
-        make(root)
-        _caches[name] = build_cache(root)
-    return _caches[name]
+    write_puzzle(root, 30)
+    return build_cache(root)
 
 
 def answer(observations: Any) -> Any:

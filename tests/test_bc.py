@@ -11,21 +11,11 @@ from mango.config import KNOBS, LADDER
 from mango.networks import PolicyNetwork
 from mango.policy_file import load_policy
 from mango_env.cache import TrajectoryCache, build_cache
-from tests.mixed_data import answer, expert, puzzle, write_puzzle
+from tests.mixed_data import answer, write_puzzle
 from train_policy import bc
 from train_policy.batches import Loader, returns_to_go, run_returns, runs_of, select_best, select_policies, split_runs
 from train_policy.bc import BcArgs, train
 from train_policy.fitting import TrainingInterrupted
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryCache:
-    return expert(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def riddle(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryCache:
-    return puzzle(tmp_path_factory)
 
 
 def solved(cache: TrajectoryCache) -> TrajectoryCache:

@@ -13,18 +13,13 @@ from mango.config import LADDER
 from mango.networks import PolicyNetwork
 from mango_env.adapters import to_d3rlpy
 from mango_env.cache import TrajectoryCache
-from tests.mixed_data import answer, puzzle
+from tests.mixed_data import answer
 from train_policy import d3rlpy_backend
 from train_policy.fitting import TrainingInterrupted
 from train_policy.offline import OfflineArgs, train
 from train_policy.transfer import greedy
 
 ALL = ["d3rlpy-discrete-cql", "d3rlpy-iql", "d3rlpy-td3+bc"]
-
-
-@pytest.fixture(scope="module")
-def riddle(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryCache:
-    return puzzle(tmp_path_factory)
 
 
 @pytest.mark.parametrize("algo", ALL)
