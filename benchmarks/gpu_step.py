@@ -9,9 +9,8 @@ with bfloat16 parameters and float32 moments, which torch does not have, would m
 copy of that many bytes takes. Bandwidth counts the bytes that must be moved, gradients twice, as they are looked at first.
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango import MANGO, CompressionConfig
 
 FLOOR_BYTES = 22                                        # per parameter: 2 x (2 + 4 + 4) read and written, 2 of gradient read
@@ -155,10 +154,7 @@ def train(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    args = Args(**vars(parser.parse_args()))
+    args = parse(Args, __doc__)
     if not torch.cuda.is_available():
         raise SystemExit("gpu_step measures a GPU, and torch sees no CUDA device here")
     train(args)

@@ -8,9 +8,8 @@ shares of the way from the least to the most bytes. The target is for the slowes
 alternate, so that a busy machine slows all alike.
 """
 
-import argparse
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango.budget import MemoryBudget
 
 TARGETS = {"milliseconds": 20.0}
@@ -82,11 +81,7 @@ def run(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        kind: Any = field.type
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"default {field.default}")
-    print(run(Args(**vars(parser.parse_args()))))
+    print(run(parse(Args, __doc__)))
 
 
 if __name__ == "__main__":

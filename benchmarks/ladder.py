@@ -9,11 +9,10 @@ where a cheaper one has no larger error of the update and, within two standard e
 where another of less than half again its bytes loses less by 5 % beyond those errors under one, and not more under any.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango import MANGO, CompressionConfig, Ladder
 from mango.noise import step_key
 from mango.rules import Hyper
@@ -170,10 +169,7 @@ def publish(args: Args, rows: list[dict[str, Any]]) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    path = train(Args(**vars(parser.parse_args())))
+    path = train(parse(Args, __doc__))
     print(f"\n{len(json.loads(path.read_text())['rows'])} rows in {path}")
 
 

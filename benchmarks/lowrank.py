@@ -3,18 +3,16 @@
     python -m benchmarks.lowrank                    # a minute or two on one core; writes benchmarks/results/lowrank.json
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango.lowrank import find, project, refresh, unproject
 
 TARGETS = {"error": 1.1, "speed": 1.0}         # at most, of the best of that rank; at least, times as fast as the full one
@@ -70,11 +68,7 @@ def run(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        kind: Any = field.type
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"default {field.default}")
-    print(run(Args(**vars(parser.parse_args()))))
+    print(run(parse(Args, __doc__)))
 
 
 if __name__ == "__main__":

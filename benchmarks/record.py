@@ -1,21 +1,36 @@
 """What stands in every file of results: who measured what, where, when and with which code. Nothing to run by itself."""
 
+import argparse
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from train_policy.cli_support import plain, write_json
 from train_policy.provenance import about
 
+Args = TypeVar("Args")
+
+
+def parse(kind: type[Args], about: str | None) -> Args:
+    """The command line as a dataclass: an option per field, its default and its type; a bool is a switch."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(kind):  # type: ignore[arg-type]
+        options: dict[str, Any] = {"type": type(field.default), "default": field.default, "help": f"default {field.default}"}
+        if isinstance(field.default, bool):
+            options = {"action": argparse.BooleanOptionalAction, "default": field.default}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+    return kind(**vars(parser.parse_args()))
+
 
 def stamp(args: Any = None) -> dict[str, Any]:
     """Command, arguments (a dataclass), commit, hardware and versions; beside those of every result, the load of the machine."""
-    told = about(shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]))
+    program = Path(sys.argv[0]).resolve()
+    told = about(shlex.join(["python", "-m", f"{program.parent.name}.{program.stem}", *sys.argv[1:]]))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     hardware = told["hardware"] | {"load": load, "system": f"{platform.system()} {platform.machine()}"}
     return told | {"args": {} if args is None else plain(asdict(args)), "hardware": hardware}

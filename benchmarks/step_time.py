@@ -7,10 +7,9 @@ Two sets of tensors: the shapes of a 10 M-parameter transformer, and 60 small te
 and take turns; each turn's order is reversed every other round; ratios are medians over rounds of one round's times.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango import MANGO, CompressionConfig
 
 
@@ -150,10 +149,7 @@ def train(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    train(Args(**vars(parser.parse_args())))
+    train(parse(Args, __doc__))
 
 
 if __name__ == "__main__":

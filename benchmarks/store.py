@@ -8,11 +8,10 @@ of observations, actions, rewards and next observations from `TrajectoryCache` a
 same episodes, held in memory. Contestants take turns; medians over the turns, and their spread, are written.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango.config import LADDER
 from mango.features import FEATURES
 from mango_env.adapters import to_d3rlpy
@@ -195,12 +194,7 @@ def run(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        kind: Any = field.type
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, default=field.default, help=f"default {field.default}")
-    print(run(Args(**vars(parser.parse_args()))))
+    print(run(parse(Args, __doc__)))
 
 
 if __name__ == "__main__":

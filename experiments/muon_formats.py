@@ -19,13 +19,12 @@ A format is transforms joined by "+", the last one being the code of the values,
               then<fraction>=<format> (from that fraction of the run on)
 """
 
-import argparse
 import json
 import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango.blockwise import NF4_LEVELS
 from mango.codecs import CODECS, from_blocks, safe, to_blocks
 from mango_env.workloads.data import data_file
@@ -432,13 +431,7 @@ def train(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    print(train(Args(**vars(parser.parse_args()))))
+    print(train(parse(Args, __doc__)))
 
 
 if __name__ == "__main__":

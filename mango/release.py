@@ -1,8 +1,10 @@
 """Gradients released during backward: each is encoded as it appears and `p.grad` is dropped, until the next step."""
 
+import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,25 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mango.state import Target, TensorState, dense_gradient
+
+TRIM_AFTER = 1 << 24                         # bytes of float32 gradients held or taken on a CPU until freed memory is given back
+
+
+@cache
+def _malloc_trim() -> Any:
+    """The C library's; None where it has none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def give_back() -> None:
+    """Return the pages of freed blocks to the system, where the C library is glibc.
+
+    Its heap grows otherwise: what is held lies in the gaps that dense gradients left, and the next dense one, no smaller
+    than the last, finds no gap and goes on top. Measured: up to 7 bytes per parameter of gaps after two steps.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 class HeldGradients:
@@ -28,6 +49,7 @@ class HeldGradients:
         self._broken: dict[Target, float] = {}                            # norms that are not finite
         self._factor = 1.0                                                # that clipping and unscaling ask for
         self._asked: Tensor | None = None                                 # the factor while a GradScaler works on it
+        self._dropped = 0                                                 # bytes since memory was given back
 
     def watch(self, targets: Sequence[Target]) -> None:
         """Encode the gradients of these parameters from now on, and of no others; what is held of them stays."""
@@ -85,6 +107,15 @@ class HeldGradients:
             else:
                 self._broken[target] = math.inf if not gradient.isnan().any() else math.nan
         target.param.grad = None
+        self._count(target)
+
+    def _count(self, target: Target) -> None:
+        """Another dense gradient came and goes: give memory back after so many bytes of them."""
+        if target.param.device.type == "cpu":
+            self._dropped += 4 * target.param.numel()
+            if self._dropped >= TRIM_AFTER:
+                self._dropped = 0
+                give_back()
 
     def _key(self, target: Target, passes: int) -> int:
         return self._key_of(target) + 0x10000 * passes
@@ -99,6 +130,7 @@ class HeldGradients:
         self.hold(target)
         if target not in self._passes:
             return None, True
+        self._count(target)
         state, broken, dense = self._state_of(target), target in self._broken, None
         if broken:
             state.drop_gradient()

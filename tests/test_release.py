@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from mango import MANGO, CompressionConfig, noise
 from mango.codecs import Encoded
 from mango.config import FULL, LADDER
+from mango.release import give_back
 from mango.state import StorageOptions, TensorState
 from tests.test_state import Meter
 
@@ -443,3 +444,20 @@ def test_with_feedback_what_was_taken_and_what_is_carried_over_sum_to_the_true_g
             largest = max(largest, float(state.encoded["residual"].decode().abs().max()))
         taken += state.encoded.pop("held").decode()
     assert (taken + state.encoded["residual"].decode() - true).abs().max() <= 15 * largest * 2.0**-7 and taken.any()
+
+
+def test_freed_memory_is_given_back_after_so_many_bytes_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every small tensor; by the C library where it has `malloc_trim`, and without harm where it has not."""
+    give_back()
+    monkeypatch.setattr("mango.release._malloc_trim", lambda: None)
+    give_back()
+    calls: list[int] = []
+    monkeypatch.setattr("mango.release.give_back", lambda: calls.append(1))
+    monkeypatch.setattr("mango.release.TRIM_AFTER", 3 * 4 * 64 * 64)            # every third time that one is held or taken
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = MANGO(model.parameters(), policy=G4, release_gradients=True, memory_budget=1.0)
+    for step in range(7):
+        backward(model(torch.ones(1, 64)).sum())
+        assert len(calls) == (2 * step + 1) // 3
+        optimizer.step()
+        assert len(calls) == (2 * step + 2) // 3

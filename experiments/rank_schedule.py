@@ -1,0 +1,269 @@
+"""AdaRankGrad's falling ranks in float32 against MANGO at the same mean bytes: loss on tiny Shakespeare.
+
+    python -m experiments.rank_schedule --out benchmarks/results/rank_schedule.json
+
+AdaRankGrad (Refael et al. 2025) keeps AdamW's moments of every hidden matrix in a subspace of its gradient. Every `--every`
+steps the subspace is sought anew, with the least rank that loses no more than a share of the gradient's energy, and moments
+are carried over. "falling-0.1": a tenth may be lost, and no rank is above the one in force before; "free-0.05": a twentieth,
+and ranks may rise as well, since a small start has first gradients of rank one. Embedding, head and vectors have dense AdamW,
+as in the paper. All is float32. MANGO gets the mean of AdaRankGrad's bytes over the steps as its `memory_budget`, which it
+never exceeds: "mango" by water-filling over the shipped ladder, "mango_ranks" over a ladder of subspaces alone, where only
+ranks and the bits of their factors change.
+
+Every method tunes its rate over the same grid on a seed that is not among those reported; AdaRankGrad tunes the scale of its
+matrices' updates too (GaLore's alpha), and its bytes, from which the budget comes, are those of its tuned run. The file is
+written after every run and a repeated command goes on where it was; MANGO_DATA holds the text.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import Module, Parameter
+from torch.optim import AdamW, Optimizer
+
+from benchmarks import quality
+from benchmarks.record import parse, stamp, write
+from mango import MANGO
+from mango.config import LADDER, CompressionConfig, Ladder
+from mango.layers import describe
+from mango.lowrank import adamw_in_subspace, energies, find, matricise, project, rank_schedule, transport
+from mango.rules import NOT_FOR_MUON, adamw_update
+from mango_env.workloads.data import TextData
+
+RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # AdaRankGrad's menu
+BETAS, EPS = (0.9, 0.999), 1e-8
+TUNING_SEED = 1000
+SUBSPACES = Ladder(tuple(                               # of MANGO: dynamic ranks, in factors of 4 and 8 bits
+    CompressionConfig(rank=rank, factor_bits_p=bits, factor_bits_q=bits, variance_bits=variance)
+    for rank in (4, 8, 32, 128) for bits, variance in ((4, 0), (8, 0), (8, 8))
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    methods: str = "adarank,mango,mango_ranks"          # or "adamw": torch's, for the loss without any of this
+    schedules: str = "falling-0.1,free-0.05"            # of AdaRankGrad's ranks: the share of energy that may be lost
+    lr: str = "4e-3,8e-3,1.6e-2,3.2e-2"                 # the grid of rates
+    scales: str = "0.25,1.0"                            # AdaRankGrad's: rate of its matrices over that of the rest
+    seeds: int = 3                                      # runs per method
+    steps: int = 300
+    every: int = 50                                     # steps between subspaces, and between MANGO's decisions
+    width: int = 128
+    depth: int = 2
+    batch: int = 12                                     # windows of 64 characters
+    threads: int = 1                                    # torch threads
+    out: Path = Path("benchmarks/results/rank_schedule.json")
+
+
+class AdaRankGrad(Optimizer):
+    """AdamW in subspaces of the least rank that is enough for the matrices named hidden, dense for the rest; float32.
+
+    >>> model = torch.nn.Linear(16, 8)
+    >>> optimizer = AdaRankGrad(model.named_parameters(), lr=0.01, hidden={"weight"}, schedule="falling-0.1", every=10, seed=0)
+    >>> model(torch.ones(1, 16)).sum().backward(); optimizer.step()
+    >>> optimizer.ranks()                               # this gradient has rank one
+    {'weight': 1}
+    >>> optimizer.state_bytes()                         # projector (8, 1), moments (1, 16), moments of the bias
+    224
+    """
+
+    def __init__(
+        self, params: Iterable[tuple[str, Parameter]], *, lr: float, hidden: set[str], schedule: str, every: int, seed: int,
+        scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr})
+        how, _, lost = schedule.partition("-")
+        self.hidden, self.falling, self.lost, self.every, self.scale = hidden, how == "falling", float(lost), every, scale
+        self.generator, self.steps = Generator().manual_seed(seed), 0
+
+    def _named(self) -> list[tuple[str, Parameter, float]]:
+        groups = self.param_groups
+        return [(n, p, float(g["lr"])) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for name, param, lr in self._named():
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if name in self.hidden:
+                if self.steps % self.every == 0:
+                    self._turn(state, matricise(param.grad))
+                adamw_in_subspace(param, param.grad, **state, **self._hyper(lr), scale=self.scale)
+            else:
+                if not state:
+                    state |= {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                adamw_update(param, param.grad, **state, **self._hyper(lr))
+        self.steps += 1
+
+    def _hyper(self, lr: float) -> dict[str, Any]:
+        return {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "step": self.steps + 1}
+
+    def _turn(self, state: dict[str, Tensor], matrix: Tensor) -> None:
+        """A new subspace of the gradient (m, n), of the rank that is enough, with the moments carried over."""
+        old = state.get("projector")
+        menu = [rank for rank in RANKS if rank <= len(matrix)]
+        now = menu[-1] if old is None or not self.falling else old.shape[1]
+        found = find(matrix, now, self.generator)                                    # (m, now)
+        energy, total = energies(matrix, found)
+        rank = rank_schedule(energy.tolist(), float(total), menu, lost=self.lost, now=now)
+        inside = project(found, matrix)
+        leading = torch.linalg.eigh(inside @ inside.T).eigenvectors[:, -rank:]       # find's columns need not be in order
+        state["projector"] = found @ leading                                         # (m, rank)
+        if old is None:
+            state["exp_avg"], state["exp_avg_sq"] = matrix.new_zeros(2, rank, matrix.shape[1]).unbind()
+        else:
+            turn = state["projector"].T @ old
+            state["exp_avg"], state["exp_avg_sq"] = transport(state["exp_avg"], state["exp_avg_sq"], turn)
+
+    def ranks(self) -> dict[str, int]:
+        """Ranks in force, by parameter."""
+        return {name: self.state[p]["projector"].shape[1] for name, p, _ in self._named() if "projector" in self.state[p]}
+
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for state in self.state.values() for t in state.values())
+
+
+def hidden_matrices(model: Module) -> set[str]:
+    """Names of the matrices that the paper projects: neither embedding nor head."""
+    named = list(model.named_parameters())
+    layers = describe([name for name, _ in named], [tuple(p.shape) for _, p in named])
+    return {layer.name for layer in layers if len(layer.shape) == 2 and layer.kind not in NOT_FOR_MUON}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a method, and what its optimizer is given."""
+
+    method: str
+    schedule: str                                       # AdaRankGrad's, whose bytes count
+    seed: int
+    lr: float
+    scale: float = 1.0
+    budget: int = 0                                     # bytes, of MANGO
+
+
+def run(text: TextData, case: Case, args: Args) -> dict[str, Any]:
+    """One training, with the bytes of state after every step."""
+    sizes: list[int] = []
+    ranks: list[float] = []
+
+    def build(model: Module, seed: int) -> Optimizer:
+        named = list(model.named_parameters())
+        optimizer: Optimizer
+        if case.method == "adamw":
+            return AdamW(model.parameters(), lr=case.lr, weight_decay=0, fused=True)
+        if case.method == "adarank":
+            optimizer = AdaRankGrad(named, lr=case.lr, hidden=hidden_matrices(model), schedule=case.schedule,
+                                    every=args.every, seed=seed, scale=case.scale)  # fmt: skip
+        else:
+            ladder = SUBSPACES if case.method == "mango_ranks" else LADDER
+            optimizer = MANGO(named, lr=case.lr, memory_budget=case.budget, ladder=ladder, policy_update_freq=args.every,
+                              total_steps=args.steps, seed=seed)  # fmt: skip
+
+        def look(optimizer: Any, *_: Any) -> None:
+            sizes.append(optimizer.state_bytes())
+            ranks.append(mean(optimizer.ranks().values()) if isinstance(optimizer, AdaRankGrad) else 0.0)
+
+        optimizer.register_step_post_hook(look)
+        return optimizer
+
+    shape = quality.Args(steps=args.steps, width=args.width, depth=args.depth, batch=args.batch)
+    found = quality.run(text, case.seed, shape, build)
+    numel = found["parameters"]
+    told = {"val_loss": found["val_loss"], "seconds": found["seconds"], "parameters": numel}
+    if not sizes:
+        return told | {"bytes_mean": 8 * numel, "bytes_peak": 8 * numel}
+    told |= {"bytes_mean": math.floor(mean(sizes)), "bytes_peak": max(sizes)}
+    return told | ({"rank_first": ranks[0], "rank_last": ranks[-1]} if case.method == "adarank" else {})
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per schedule and method: loss, bytes, and the paired gap to AdaRankGrad in per cent."""
+    told = [r for r in runs if r["seed"] != TUNING_SEED]
+    rows = []
+    for place in dict.fromkeys((r["schedule"], r["method"]) for r in told):
+        mine = {r["seed"]: r for r in told if (r["schedule"], r["method"]) == place}
+        theirs = {r["seed"]: r for r in told if (r["schedule"], r["method"]) == (place[0], "adarank")}
+        gaps = [100 * (r["val_loss"] / theirs[seed]["val_loss"] - 1) for seed, r in mine.items() if seed in theirs]
+        if len(gaps) < 2:
+            continue
+        losses, numel = [r["val_loss"] for r in mine.values()], runs[0]["parameters"]
+        rows.append({
+            "schedule": place[0], "method": place[1], "seeds": len(mine), "lr": next(iter(mine.values()))["lr"],
+            "val_loss": mean(losses), "val_loss_sd": stdev(losses), "gap_percent": mean(gaps), "gap_low": min(gaps),
+            "gap_high": max(gaps), "at_most_1_percent_worse": mean(gaps) <= 1,
+            "mean_bytes_per_param": mean(r["bytes_mean"] for r in mine.values()) / numel,
+            "peak_bytes_per_param": max(r["bytes_peak"] for r in mine.values()) / numel,
+        })  # fmt: skip
+    return rows
+
+
+class Study:
+    """The runs done so far, and how to add one."""
+
+    def __init__(self, args: Args) -> None:
+        self.args, self.head, self.text = args, stamp(args), quality.read("shakespeare")
+        self.runs: list[dict[str, Any]] = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+
+    def save(self) -> None:
+        write(self.args.out, self.head | {"runs": self.runs, "summary": summary(self.runs)})
+
+    def get(self, case: Case) -> dict[str, Any]:
+        """The facts of a run, done now unless it was done before."""
+        facts = {field.name: getattr(case, field.name) for field in fields(case)}
+        facts |= {name: getattr(self.args, name) for name in ("steps", "every", "width", "depth", "batch")}
+        for done in self.runs:
+            if all(done[name] == value for name, value in facts.items()):
+                return done
+        self.runs.append(facts | run(self.text, case, self.args))
+        self.save()
+        done = self.runs[-1]
+        print(f"{case.method:12s} {case.schedule} seed {case.seed} lr {case.lr:g} x {case.scale:g}: {done['val_loss']:.4f} at"
+              f" {done['bytes_mean'] / done['parameters']:.3f} B/param, {done['seconds']:.0f} s", flush=True)  # fmt: skip
+        return done
+
+    def tuned(self, method: str, schedule: str, budget: int) -> dict[str, Any]:
+        """The best run over the grid on the tuning seed; the grid goes on upwards while its highest rate is the best."""
+        scales = [float(scale) for scale in self.args.scales.split(",")] if method == "adarank" else [1.0]
+        rates = [float(lr) for lr in self.args.lr.split(",")]
+        while True:
+            cases = [Case(method, schedule, TUNING_SEED, lr, scale, budget) for lr in rates for scale in scales]
+            best = min((self.get(case) for case in cases), key=lambda r: float(r["val_loss"]))
+            if best["lr"] < rates[-1]:
+                return best
+            rates.append(2 * rates[-1])
+
+
+def train(args: Args) -> Path:
+    torch.set_num_threads(args.threads)
+    study = Study(args)
+    for schedule in args.schedules.split(","):
+        budget = 0
+        best: dict[str, Case] = {}
+        for method in args.methods.split(","):          # AdaRankGrad first: its bytes are the others' budget
+            done = study.tuned(method, schedule, budget)
+            best[method] = Case(method, schedule, TUNING_SEED, done["lr"], done["scale"], budget)
+            budget = done["bytes_mean"] if method == "adarank" else budget
+        for seed in range(args.seeds):
+            for method, case in best.items():
+                study.get(Case(method, schedule, seed, case.lr, case.scale, case.budget))
+    study.save()
+    for row in summary(study.runs):
+        print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
+    return args.out
+
+
+def main() -> None:
+    print(f"wrote {train(parse(Args, __doc__))}")
+
+
+if __name__ == "__main__":
+    main()

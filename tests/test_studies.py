@@ -1,0 +1,66 @@
+"""Promises of the programs that measure: what their own small parts compute."""
+
+import doctest
+import importlib
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.memory import widest
+from experiments.bf16_master import bound
+from experiments.rank_schedule import AdaRankGrad, hidden_matrices
+from mango.lowrank import matricise
+from mango_env.workloads.text import Transformer
+
+
+@pytest.mark.parametrize("name", ["benchmarks.memory", "experiments.bf16_master", "experiments.rank_schedule"])
+def test_examples_of_the_studies_run_as_they_are_printed(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("cap", [0, 15, 16, 500, 2031, 2032, 10_000])
+def test_the_widest_model_fits_and_the_next_one_does_not(cap: int) -> None:
+    found = widest(float, cap, 16, 2048)
+    assert found % 16 == 0 and found <= cap and (found + 16 > cap or found == 2032)
+
+
+def test_noise_stays_within_its_bound_95_times_in_100() -> None:
+    draws = torch.randn(2000, 4 + 3, generator=torch.Generator().manual_seed(0)).tolist()
+    inside = sum(abs(sum(row[4:]) / 3) <= bound(row[:4], 3) for row in draws[:200])
+    assert abs(inside / 200 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 200)
+
+
+@pytest.mark.parametrize(("schedule", "rises"), [("falling-0.01", False), ("free-0.01", True)])
+def test_adarankgrad_keeps_the_energy_it_is_told_to_and_counts_its_bytes(schedule: str, rises: bool) -> None:
+    """Gradients of rank 4, then 1, then 4: what falls never rises again. The rest has dense AdamW, as torch's."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(24, 12)
+    twin = nn.Parameter(model.bias.detach().clone())
+    optimizer = AdaRankGrad(model.named_parameters(), lr=0.01, hidden={"weight"}, schedule=schedule, every=2, seed=0)
+    dense = torch.optim.AdamW([twin], lr=0.01, weight_decay=0)
+    ranks = []
+    for step in range(6):
+        rank = (4, 1, 4)[step // 2]
+        gradient = torch.linalg.qr(torch.randn(12, rank, generator=generator)).Q @ torch.randn(rank, 24, generator=generator)
+        before = model.weight.detach().clone()
+        model.weight.grad, model.bias.grad = gradient, torch.randn(12, generator=generator)
+        twin.grad = model.bias.grad.clone()
+        optimizer.step()
+        dense.step()
+        ranks.append(optimizer.ranks()["weight"])
+        projector = optimizer.state[model.weight]["projector"]
+        if step % 2 == 0 and (rises or step < 4):
+            assert (projector.T @ matricise(gradient)).square().sum() >= 0.99 * gradient.square().sum() * (1 - 1e-5)
+        moved = model.weight.detach() - before
+        assert torch.linalg.matrix_rank(moved) <= ranks[-1]
+        assert optimizer.state_bytes() == 4 * (12 * ranks[-1] + 2 * 24 * ranks[-1] + 2 * 12)
+    assert ranks[0] == ranks[1] > 1 and ranks[2] == 1 and (ranks[4] > 1) == rises
+    torch.testing.assert_close(model.bias, twin)
+
+
+def test_what_is_projected_are_the_blocks_matrices() -> None:
+    names = hidden_matrices(Transformer(32, 1, 4, 16))
+    assert names == {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.out_proj", "mlp.up", "mlp.down")}
