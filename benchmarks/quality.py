@@ -9,14 +9,11 @@ Muon in full precision; compressed runs take the rate of their rule. The file is
 command goes on where it was; MANGO_DATA holds the texts.
 """
 
-import argparse
-import gzip
 import json
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,14 +24,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.record import stamp, write
+from benchmarks.record import parse, stamp, write
 from mango import MANGO, CompressionConfig
+from mango_env.workloads import Workload
 from mango_env.workloads.data import TextData
-from mango_env.workloads.text import LanguageModel, encode_text
+from mango_env.workloads.text import LanguageModel, books, shakespeare
 
 TUNING_SEED = 1000
 ADAMW_GRID = (1.5e-3, 3e-3, 6e-3)
-MUON_GRID = (1.0, 2.0, 4.0)                             # matrix_lr_scale: Muon's rate over AdamW's tuned one
+MUON_GRID = (1.0, 2.0, 4.0, 8.0)                        # matrix_lr_scale: Muon's rate over AdamW's tuned one
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,7 @@ class Args:
 
 def read(data: str) -> TextData:
     """Tiny Shakespeare, or the first 4 M characters of the books, with held-out parts."""
-    folder = Path(os.environ["MANGO_DATA"])
-    if data == "shakespeare":
-        symbols = encode_text((folder / "tinyshakespeare.txt").read_text(encoding="utf-8"))
-        cut = len(symbols) * 9 // 10
-        return TextData(symbols[:cut], symbols[cut:])
-    parts = []
-    for name, size in (("books_train.txt.gz", 4_000_000), ("books_valid.txt.gz", 400_000)):
-        with gzip.open(folder / name, "rt", encoding="utf-8", errors="replace") as lines:
-            parts.append(encode_text(lines.read(size)))
-    return TextData(*parts)
+    return shakespeare("benchmarks.quality") if data == "shakespeare" else books("benchmarks.quality")
 
 
 def config_of(rung: str) -> CompressionConfig:
@@ -84,23 +73,30 @@ def builder(method: str, lr: float, scale: float) -> Callable[[torch.nn.Module, 
     )  # fmt: skip
 
 
-def run(text: TextData, seed: int, args: Args, build: Callable[[torch.nn.Module, int], Optimizer]) -> dict[str, float]:
-    """One training."""
-    task = LanguageModel(text, seed, steps=args.steps, batch=args.batch, context=64, width=args.width, depth=args.depth,
-                         heads=4, lr=0.0, val_windows=1024)  # fmt: skip
-    optimizer = build(task.model, seed)
+def train_task(task: Workload, optimizer: Optimizer, steps: int, before: Callable[[int], None] | None = None) -> None:
+    """Warm-up and cosine, gradients clipped at norm 1. `before(step)` is called ahead of every step."""
 
     def schedule(step: int) -> float:
-        return min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / args.steps)))
+        return min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
 
     scheduler = LambdaLR(optimizer, schedule)
-    began = time.perf_counter()
-    for _ in range(args.steps):
+    for step in range(steps):
+        if before is not None:
+            before(step)
         optimizer.zero_grad()
         task.loss().backward()                          # type: ignore[no-untyped-call]
         clip_grad_norm_(task.model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+
+
+def run(text: TextData, seed: int, args: Args, build: Callable[[torch.nn.Module, int], Optimizer]) -> dict[str, float]:
+    """One training."""
+    task = LanguageModel(text, seed, steps=args.steps, batch=args.batch, context=64, width=args.width, depth=args.depth,
+                         heads=4, lr=0.0, val_windows=1024)  # fmt: skip
+    optimizer = build(task.model, seed)
+    began = time.perf_counter()
+    train_task(task, optimizer, args.steps)
     numel = sum(p.numel() for p in task.model.parameters())
     stored = optimizer.state_bytes() if isinstance(optimizer, MANGO) else 8 * numel
     return {"val_loss": task.evaluate()["val_loss"], "state_bytes_per_param": stored / numel, "parameters": numel,
@@ -151,7 +147,7 @@ class Study:
         if data not in self.texts:
             self.texts[data] = read(data)
         found = run(self.texts[data], seed, self.args, builder(method, lr, scale))
-        self.runs.append(facts | found)
+        self.runs.append(facts | found | {"commit": self.head["commit"]})
         write(self.args.out, self.head | {"runs": self.runs, "summary": summary(self.runs)})
         print(f"{data} {method} seed {seed} lr {lr:g} x {scale:g}: {found['val_loss']:.4f} at"
               f" {found['state_bytes_per_param']:.3f} B/param, {found['seconds']:.0f} s", flush=True)  # fmt: skip
@@ -182,10 +178,7 @@ def train(args: Args) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Args):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    print(f"wrote {train(Args(**vars(parser.parse_args())))}")
+    print(f"wrote {train(parse(Args, __doc__))}")
 
 
 if __name__ == "__main__":
