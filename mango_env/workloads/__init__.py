@@ -3,8 +3,19 @@
 Importing this package loads no data set and no library but torch and numpy; a workload loads what it needs when it is made.
 """
 
-from mango_env.workloads import cifar10, digits, mnist, text  # each puts its workloads into the table
+from mango_env.workloads import (  # each puts its workloads into the table
+    cifar10,
+    digits,
+    fashion,
+    mnist,
+    multi30k,
+    recurrent,
+    sst2,
+    text,
+    vit,
+)
 from mango_env.workloads.base import (
+    HELD_OUT,
     WORKLOADS,
     ResumableWorkload,
     Workload,
@@ -12,11 +23,13 @@ from mango_env.workloads.base import (
     check_workload,
     make_workload,
     register_workload,
+    split_options,
     workload_name,
 )
 from mango_env.workloads.initialise import initialise
 
 __all__ = [
+    "HELD_OUT",
     "WORKLOADS",
     "ResumableWorkload",
     "Workload",
@@ -24,10 +37,16 @@ __all__ = [
     "check_workload",
     "cifar10",
     "digits",
+    "fashion",
     "initialise",
     "make_workload",
     "mnist",
+    "multi30k",
+    "recurrent",
     "register_workload",
+    "split_options",
+    "sst2",
     "text",
+    "vit",
     "workload_name",
 ]

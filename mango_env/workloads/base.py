@@ -1,16 +1,19 @@
 """What a training run needs from the outside: a model, batches with a loss, and a held-out loss.
 
 A workload is a callable `f(seed: int) -> Workload`. The table `WORKLOADS` names the ones that come with the package;
-`make_workload` also takes a user's own as `"module:function"`, `"path/to/file.py:function"` or the callable itself.
+`make_workload` also takes a user's own as `"module:function"`, `"path/to/file.py:function"` or the callable itself. Options
+of the builder may follow the name, each behind a plus: `"source_lm+width=128+depth=4"`.
 Everything random in a workload comes from one generator that it owns: two of one seed are bit-equal.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,12 +59,15 @@ class ResumableWorkload(Protocol):
 WorkloadBuilder = Callable[..., Workload]
 Builder = TypeVar("Builder", bound=WorkloadBuilder)
 WORKLOADS: dict[str, WorkloadBuilder] = {}
+_OPTION = re.compile(r"(.+)\+([A-Za-z_]\w*)=([^+]*)")                          # the last one of a spec
+# For the final evaluation alone: what a policy has never seen, so none is trained or chosen on runs of these.
+HELD_OUT = ("fashion_cnn", "fashion_vit", "multi30k_translation", "sst2_classifier")
 
 
 def register_workload(name: str) -> Callable[[Builder], Builder]:
     """Put a builder `f(seed, **options) -> Workload` into the table under `name`."""
-    if not name or ":" in name:
-        raise ValueError(f"workload name {name!r} must be non-empty and without ':' (that spells module:function)")
+    if not name or ":" in name or "+" in name:
+        raise ValueError(f"workload name {name!r} must be non-empty, without ':' (module:function) and '+' (options)")
 
     def add(builder: Builder) -> Builder:
         if name in WORKLOADS:
@@ -76,7 +82,8 @@ def make_workload(spec: str | WorkloadBuilder, seed: int, **options: Any) -> Wor
     """Build and check a workload.
 
     `spec` is a name in `WORKLOADS`, `"module:function"` (the current folder is searched first),
-    `"path/to/file.py:function"`, or a callable. `options` go to the builder as keyword arguments.
+    `"path/to/file.py:function"`, each maybe with options ("source_lm+width=128"), or a callable. `options` go to the
+    builder as keyword arguments and prevail over those of the name.
 
     Raises `ValueError` for what cannot be found and `TypeError` for what is found but is no workload.
 
@@ -90,11 +97,31 @@ def make_workload(spec: str | WorkloadBuilder, seed: int, **options: Any) -> Wor
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed {seed} does not fit torch.Generator; take one in [-2**63, 2**64)")
     label = workload_name(spec)
+    spec, named = split_options(spec)
+    options = named | options
     with _search_first(spec):
         builder = _find(spec)
         _check_arguments(label, builder, seed, options)
         workload = builder(seed, **options)
     return check_workload(workload, label)
+
+
+def split_options(spec: str | WorkloadBuilder) -> tuple[str | WorkloadBuilder, dict[str, Any]]:
+    """A spec without the options in its name, and these. Values are numbers, True, False, None, or else text.
+
+    >>> split_options("source_lm+width=128+depth=4")
+    ('source_lm', {'width': 128, 'depth': 4})
+    """
+    options: dict[str, Any] = {}
+    while isinstance(spec, str) and (found := _OPTION.fullmatch(spec)):
+        spec, name, value = found.groups()
+        if name in options:
+            raise ValueError(f"option {name!r} of a workload is given twice: {options[name]!r} and {value!r}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return spec, dict(reversed(options.items()))
 
 
 def workload_name(spec: str | WorkloadBuilder) -> str:

@@ -84,6 +84,15 @@ def load_cifar10_tiny(path: Path, val_size: int) -> ImageData:
     return _image_data(train, train_y, test[:val_size], test_y[:val_size])
 
 
+def cifar10_images(reader: str, val_size: int, tiny: bool = False) -> ImageData:
+    """The images from `$MANGO_DATA` for the workload `reader`: all of them, or the few of `cifar10_tiny.npz`."""
+    check_positive(val_size=val_size)
+    if tiny:
+        return load_cifar10_tiny(data_file("cifar10_tiny.npz", reader, TINY_SOURCE), val_size)
+    train, test = (data_file(f"cifar10_{part}_jpeg.npz", reader, SOURCE) for part in ("train", "test"))
+    return load_cifar10(train, test, val_size)
+
+
 def _image_data(train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> ImageData:
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
     return ImageData(train_x, train_y, val_x, val_y, mean, std, CLASSES)
@@ -121,21 +130,22 @@ class ResidualBlock(nn.Module):
 class ResidualNetwork(nn.Module):
     """A 3x3 stem, three stages of `depth` residual blocks of `width`, 2 `width`, 4 `width` channels, and a linear head."""
 
-    def __init__(self, width: int, depth: int, classes: int) -> None:
+    def __init__(self, width: int, depth: int, classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        check_positive(width=width, depth=depth)
+        self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
-        blocks, channels = [], width
+        blocks, inputs = [], width
         for stage in range(3):
             for block in range(depth):
                 outputs = width << stage
-                blocks.append(ResidualBlock(channels, outputs, stride=2 if stage > 0 and block == 0 else 1))
-                channels = outputs
+                blocks.append(ResidualBlock(inputs, outputs, stride=2 if stage > 0 and block == 0 else 1))
+                inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Linear(inputs, classes)
 
-    def forward(self, x: Tensor) -> Tensor:                                    # (B, 3, 32, 32)
-        features = self.blocks(F.relu(self.norm(self.stem(x))))                # (B, 4 width, 8, 8)
+    def forward(self, x: Tensor) -> Tensor:                                    # (B, C, H, W)
+        features = self.blocks(F.relu(self.norm(self.stem(x))))                # (B, 4 width, H / 4, W / 4)
         logits: Tensor = self.head(features.mean((2, 3)))                      # (B, classes)
         return logits
 
@@ -156,11 +166,6 @@ def cifar10_cnn(
 
     `tiny=True` reads the 2,000 images of `cifar10_tiny.npz` instead of the whole set.
     """
-    check_positive(width=width, depth=depth, val_size=val_size)
-    if tiny:
-        data = load_cifar10_tiny(data_file("cifar10_tiny.npz", "cifar10_cnn", TINY_SOURCE), val_size)
-    else:
-        train, test = (data_file(f"cifar10_{part}_jpeg.npz", "cifar10_cnn", SOURCE) for part in ("train", "test"))
-        data = load_cifar10(train, test, val_size)
     factory = partial(ResidualNetwork, width, depth, CLASSES)
+    data = cifar10_images("cifar10_cnn", val_size, tiny)
     return Classification(factory, data, seed, steps=steps, batch=batch, lr=lr, augment=crop_and_flip)

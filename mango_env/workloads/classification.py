@@ -1,39 +1,62 @@
-"""Image classification as a workload: any model on any `ImageData`."""
+"""Classification as a workload: any model on any labelled examples."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mango_env.workloads.data import Batches, ImageData, check_positive, evaluating, load_state, save_state
+from mango_env.workloads.data import Batches, check_positive, evaluating, load_state, save_state
 from mango_env.workloads.initialise import build
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]                     # uint8 pixels (B, C, H, W) to the same shape
-EVALUATION_BATCH = 500                                                         # images per forward pass of evaluate()
+EVALUATION_BATCH = 500                                                         # examples per forward pass of evaluate()
+
+
+class LabelledData(Protocol):
+    """Examples with their classes; `Shared` by copies of a workload."""
+
+    @property
+    def train_x(self) -> Tensor: ...                                           # (N, ...)
+
+    @property
+    def train_y(self) -> Tensor: ...                                           # (N,) int64
+
+    @property
+    def val_x(self) -> Tensor: ...                                             # (M, ...)
+
+    @property
+    def val_y(self) -> Tensor: ...                                             # (M,) int64
+
+    def inputs(self, examples: Tensor, weight: Tensor) -> Tensor:
+        """What a model takes in whose parameters are of the device and dtype of `weight`."""
+        ...
 
 
 class Classification:
     """A classifier trained by cross-entropy on batches in a random order that is new in every epoch.
 
     Batches follow the model to its device and dtype. `val_loss` and `val_accuracy` are taken on all of `data.val_x`.
+    `std` and `embedding_std` are those of `initialise`.
     """
 
     def __init__(
         self,
         factory: Callable[[], nn.Module],
-        data: ImageData,
+        data: LabelledData,
         seed: int,
         *,
         steps: int,
         batch: int,
         lr: float,
         augment: Augmentation | None = None,
+        std: float | None = None,
+        embedding_std: float = 0.02,
     ) -> None:
         check_positive(steps=steps, batch=batch)
         self._generator = torch.Generator().manual_seed(seed)
-        self.model = build(factory, self._generator)
+        self.model = build(factory, self._generator, std, embedding_std)
         self.steps = steps
         self.batch = batch
         self.lr = lr
@@ -43,15 +66,15 @@ class Classification:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every training image once; an incomplete last batch is dropped."""
+        """Optimizer steps that see every training example once; an incomplete last batch is dropped."""
         return len(self._data.train_y) // self.batch
 
     def loss(self) -> Tensor:
         index = self._batches.next()                                           # (B,)
-        pixels = self._data.train_x[index]                                     # (B, C, H, W) uint8
+        examples = self._data.train_x[index]                                   # (B, ...)
         if self.augment is not None:
-            pixels = self.augment(pixels, self._generator)
-        return self._cross_entropy(pixels, self._data.train_y[index])[0]
+            examples = self.augment(examples, self._generator)
+        return self._cross_entropy(examples, self._data.train_y[index])[0]
 
     def evaluate(self) -> dict[str, float]:
         total, correct, count = 0.0, 0, len(self._data.val_y)
@@ -70,7 +93,7 @@ class Classification:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_state(state, self._generator, self._batches)
 
-    def _cross_entropy(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, examples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight = next(self.model.parameters())
-        logits = self.model(self._data.normalise(pixels).to(weight.device, weight.dtype)).float()  # (B, classes)
+        logits = self.model(self._data.inputs(examples, weight)).float()       # (B, classes)
         return F.cross_entropy(logits, labels.to(weight.device)), logits

@@ -1,5 +1,6 @@
 """Where data comes from and how it is held: files of `$MANGO_DATA`, the cache folder, batches in a random order."""
 
+import gzip
 import os
 import zlib
 from collections.abc import Iterator
@@ -42,6 +43,10 @@ class ImageData(Shared):
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (B, C, H, W) to float32 of about zero mean and unit variance."""
         return (pixels.float() - self.mean) / self.std
+
+    def inputs(self, pixels: Tensor, weight: Tensor) -> Tensor:
+        """What a model takes in whose parameters are of the device and dtype of `weight`."""
+        return self.normalise(pixels).to(weight.device, weight.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +125,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def data_file(name: str, workload: str, source: str) -> Path:
     """The path of a data file in `$MANGO_DATA`; `FileNotFoundError` says what is missing and, from `source`, how to get it."""
-    how = f"{source}. Workloads that need no file: digits_mlp, digits_cnn, source_lm"
+    how = f"{source}. Workloads that need no file: digits_mlp, digits_cnn, source_lm, source_lstm"
     folder = os.environ.get("MANGO_DATA")
     if not folder:
         raise FileNotFoundError(
@@ -143,6 +148,26 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     except (BadZipFile, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is no .npz file of plain arrays ({error}); get it anew") from error
     raise ValueError(f"{path} has no arrays {', '.join(missing)}; expected {', '.join(names)}")
+
+
+def read_text(path: Path, size: int = -1) -> str:
+    """The first `size` characters (all by default) of a text compressed by gzip; `ValueError` for a damaged or foreign file."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+            return file.read(size)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); get it anew") from error
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """The rows of a gzipped table of two columns with a tab between them; `ValueError` for any other row."""
+    pairs = []
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        first, tab, second = line.partition("\t")
+        if not tab or "\t" in second:
+            raise ValueError(f"line {number} of {path} has {line.count(chr(9)) + 1} columns instead of 2; get it anew")
+        pairs.append((first, second))
+    return pairs
 
 
 def cache_folder() -> Path:

@@ -1,11 +1,12 @@
-"""`source_lm` and `shakespeare_lm`: a small character transformer on plain text.
+"""`source_lm`, `shakespeare_lm` and `books_lm`: a small character transformer on plain text.
 
 `source_lm` reads the Python standard library's own source, so it needs no download; its text differs a little
-between Python versions, its vocabulary never does.
+between Python versions, its vocabulary never does. Wider and deeper models are a matter of options.
 """
 
 import math
 import sysconfig
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mango_env.workloads.base import register_workload
-from mango_env.workloads.data import TextData, check_positive, data_file, evaluating, load_state, save_state
+from mango_env.workloads.data import TextData, check_positive, data_file, evaluating, load_state, read_text, save_state
 from mango_env.workloads.initialise import build
+from mango_env.workloads.transformer import Block
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))                          # and UNKNOWN for anything else
 UNKNOWN = len(CHARACTERS)
@@ -34,6 +36,11 @@ VAL_MODULES = ("fractions", "heapq", "selectors", "statistics", "textwrap", "wea
 LEAST_CHARACTERS = 50_000                                                      # of each part, for a run to mean something
 SHAKESPEARE = "tinyshakespeare.txt"
 SHAKESPEARE_SOURCE = "It is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn, unchanged"
+BOOKS = {"books_train.txt.gz": 4_000_000, "books_valid.txt.gz": 400_000}       # the characters read of each
+BOOKS_SOURCE = (
+    "It is English novels as plain text, compressed by gzip, some books or parts of books for training and others for "
+    "validation; make it from the repositories of github.com/GITenberg"
+)
 EMBEDDING_STD = 0.1                                                            # measured: 0.02 costs AdamW 0.05 nats in 300 steps
 VAL_WINDOWS = 64                                                               # windows of `context` characters in evaluate()
 
@@ -68,66 +75,32 @@ def _read_modules(folder: Path, names: tuple[str, ...]) -> Tensor:
 @lru_cache(maxsize=2)
 def load_text(path: Path) -> TextData:
     """A plain text file: the first 90 % for training, the rest held out."""
-    symbols = encode_text(path.read_text(encoding="utf-8", errors="replace"))
-    if len(symbols) < LEAST_CHARACTERS:
-        raise ValueError(f"{path} has {len(symbols):,} characters; a text workload needs {LEAST_CHARACTERS:,}")
+    symbols = _long_enough(encode_text(path.read_text(encoding="utf-8", errors="replace")), path)
     cut = len(symbols) * 9 // 10
     return TextData(symbols[:cut], symbols[cut:])
 
 
-class Attention(nn.Module):
-    """Causal self-attention; positions enter by rotating queries and keys (Su et al. 2021, sec. 3.4.2)."""
-
-    rotation: Tensor
-
-    def __init__(self, width: int, heads: int, context: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-        pairs = width // heads // 2
-        angle = torch.arange(context)[:, None] * 10_000.0 ** (-torch.arange(pairs) / pairs)  # (T, W/H/2) radians
-        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:                                    # (B, T, W)
-        batch, context, width = x.shape
-        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, W/H)
-        cos, sin = self.rotation[:, :context]
-        mixed = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
-        y: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, context, width))
-        return y
+@lru_cache(maxsize=2)
+def load_books(train: Path, val: Path) -> TextData:
+    """The first 4 M characters of a compressed text for training, the first 400,000 of another held out."""
+    parts = zip((train, val), BOOKS.values(), strict=True)
+    return TextData(*(_long_enough(encode_text(read_text(path, size)), path) for path, size in parts))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)                                                      # (B, H, T, W/H/2) each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+def _long_enough(symbols: Tensor, path: Path) -> Tensor:
+    if len(symbols) < LEAST_CHARACTERS:
+        raise ValueError(f"{path} has {len(symbols):,} characters; a text workload needs {LEAST_CHARACTERS:,}")
+    return symbols
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(F.gelu(self.up(x)))
-        return y
+def shakespeare(reader: str) -> TextData:
+    """Tiny Shakespeare from `$MANGO_DATA`, for the workload or program `reader`."""
+    return load_text(data_file(SHAKESPEARE, reader, SHAKESPEARE_SOURCE))
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and around a skip."""
-
-    def __init__(self, width: int, heads: int, context: int) -> None:
-        super().__init__()
-        self.norm_attn = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, context)
-        self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = FeedForward(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm_attn(x))
-        y: Tensor = x + self.mlp(self.norm_mlp(x))
-        return y
+def books(reader: str) -> TextData:
+    """The novels from `$MANGO_DATA`, for the workload or program `reader`."""
+    return load_books(*(data_file(name, reader, BOOKS_SOURCE) for name in BOOKS))
 
 
 class Transformer(nn.Module):
@@ -135,8 +108,6 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
         super().__init__()
-        if width % (2 * heads):
-            raise ValueError(f"width={width} must be a multiple of 2 heads, {2 * heads}: queries are rotated in pairs")
         self.embed = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(Block(width, heads, context) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -151,17 +122,20 @@ class Transformer(nn.Module):
 
 
 class LanguageModel:
-    """Next-character prediction on windows drawn at random; `val_loss` is in nats per character, on evenly spaced windows."""
+    """Next-character prediction on windows drawn at random; `val_loss` is in nats per character, on evenly spaced windows.
+
+    `network(context=..., **sizes)` makes the model: symbols (B, T) to logits (B, T, V), of which none sees a later symbol.
+    """
 
     def __init__(
-        self, data: TextData, seed: int, *, steps: int, batch: int, context: int, width: int, depth: int, heads: int, lr: float,
-        val_windows: int = VAL_WINDOWS,
+        self, data: TextData, seed: int, network: Callable[..., nn.Module] = Transformer, /, *,
+        steps: int, batch: int, context: int, lr: float, val_windows: int = VAL_WINDOWS, **sizes: int,
     ) -> None:  # fmt: skip
-        check_positive(steps=steps, batch=batch, context=context, width=width, depth=depth, heads=heads)
+        check_positive(steps=steps, batch=batch, context=context, **sizes)
         if context >= len(data.val):
             raise ValueError(f"context={context} is longer than the held-out text of {len(data.val)} characters")
         self._generator = torch.Generator().manual_seed(seed)
-        self.model = build(partial(Transformer, width, depth, heads, context), self._generator, 0.02, EMBEDDING_STD)
+        self.model = build(partial(network, context=context, **sizes), self._generator, 0.02, EMBEDDING_STD)
         self.steps = steps
         self.batch = batch
         self.lr = lr
@@ -228,6 +202,22 @@ def shakespeare_lm(
     lr: float = 2e-3,
 ) -> LanguageModel:
     """The same transformer, wider, on Tiny Shakespeare from `$MANGO_DATA`."""
-    data = load_text(data_file(SHAKESPEARE, "shakespeare_lm", SHAKESPEARE_SOURCE))
     sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
-    return LanguageModel(data, seed, steps=steps, lr=lr, **sizes)
+    return LanguageModel(shakespeare("shakespeare_lm"), seed, steps=steps, lr=lr, **sizes)
+
+
+@register_workload("books_lm")
+def books_lm(
+    seed: int,
+    *,
+    steps: int = 500,
+    batch: int = 16,
+    context: int = 64,
+    width: int = 96,
+    depth: int = 2,
+    heads: int = 4,
+    lr: float = 2e-3,
+) -> LanguageModel:
+    """The same transformer on English novels from `$MANGO_DATA`, about 242,000 parameters."""
+    sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
+    return LanguageModel(books("books_lm"), seed, steps=steps, lr=lr, **sizes)
