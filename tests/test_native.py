@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -232,9 +233,8 @@ def test_a_fused_update_is_that_of_pytorch(rule: str, m: int, v: int, kind: str)
 @pytest.mark.parametrize(("m", "v"), [(8, 8), (8, 0), (4, 0)])
 def test_moments_are_updated_in_registers_as_in_pytorch(m: int, v: int, rule: str, decay: float, scale: float | str) -> None:
     """Whole blocks between decisions, in which nothing is measured; "mixed" has blocks of all these sizes side by side."""
-    shape, config = (16, 160), CompressionConfig(momentum_bits=m, variance_bits=v)
+    shape, config, generator = (16, 160), CompressionConfig(momentum_bits=m, variance_bits=v), torch.Generator().manual_seed(1)
     sizes = torch.tensor([0.0, 1e-30, 1e-17, 1e-9, 1e-3, 1e3])
-    generator = torch.Generator().manual_seed(1)
     params = [Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
     options: dict[str, Any] = {"policy": config, "rule": rule, "weight_decay": decay, "min_numel": 1, "policy_update_freq": 1000}
     mine, twin = (MANGO([param], lr=1e-2, **options) for param in params)
@@ -370,7 +370,11 @@ void at_decode(int format, void *codes, void *scale, void *low, int64_t start, f
 void at_encode(int format, void *codes, void *scale, void *low, int64_t start, const float *x, uint32_t key, uint32_t chance) {
     encode(format, codes, scale, low, start, BLOCK, x, key, chance);
 }
-void at_update(Job *job, int64_t start) { Part part = {1.0f, 0, 0, 0, 0}; update_range(job, start, start + 2 * BLOCK, &part); }
+void at_update(Job *job, int64_t start) {
+    Part part = {1.0f, 0, 0, 0, 0};
+    Ahead none = {0};
+    update_range(job, start, start + 2 * BLOCK, &part, &none);
+}
 """
 FAR = 3 * 2**40 + 256 * 1000                                 # a position in a tensor of 3 * 10^12 entries
 
@@ -380,10 +384,10 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The functions inside native.c."""
     folder = tmp_path_factory.mktemp("inside")
     (folder / "inside.c").write_text(INSIDE.replace("SOURCE", str(native.SOURCE)))
-    command = [os.environ.get("CC") or "cc", *"-std=gnu11 -O2 -march=native -fPIC -shared -w inside.c -o inside.so -lm".split()]
-    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"needs a C compiler: {made.stderr.strip()[:200]}")
+    if not (compiler := os.environ.get("CC") or shutil.which("cc")):
+        pytest.skip("needs a C compiler")
+    command = [compiler, *"-std=gnu11 -O2 -march=native -fPIC -shared -w inside.c -o inside.so -lm".split()]
+    subprocess.run(command, cwd=folder, check=True)
     library: Any = ctypes.CDLL(str(folder / "inside.so"))
     p, i64, u32, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
     library.at_base.argtypes, library.at_base.restype = [u32, i64], u32
