@@ -59,6 +59,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         max_layers: int | None = None,
         lr: float | None = None,
         rule: str = "adamw",
+        schedule: str = "constant",
         workload_kwargs: Mapping[str, Any] | None = None,
         actions: str = "knobs",
         seeds: int | Sequence[int] = 16,
@@ -81,6 +82,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             "interval": interval,
             "lr": lr,
             "rule": rule,
+            "schedule": schedule,
             "workload_kwargs": workload_kwargs,
             "optimizer_options": optimizer_options,
         }

@@ -222,6 +222,7 @@ def facts(run: TrainingRun, policy: str, run_id: str, reward: Reward) -> Attribu
         "interval": run.interval,
         "lr": run.lr,
         "rule": run.rule,
+        "schedule": run.schedule,
         "reward": reward.to_json(),
         "mango_version": mango.__version__,
     }

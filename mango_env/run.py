@@ -23,6 +23,7 @@ from mango.config import CompressionConfig
 from mango.layers import Layer
 from mango.optimizer import MANGO
 from mango.rules import CHOICES
+from mango_env.schedules import check_schedule, rate_factor
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
 
@@ -73,8 +74,9 @@ class TrainingRun:
 
     `workload`: a name, `"module:function"` or a callable `f(seed)`; `horizon`: optimizer steps (None: the workload's
     own `steps`); `interval`: optimizer steps per decision; `memory_budget`: a fraction of AdamW's state bytes, a string
-    such as "64KiB", or bytes; `lr`: None takes the workload's own, or 2e-3; `policy`: "hold" waits for `apply`, anything
-    else that MANGO takes decides by itself; `optimizer_options` go to MANGO.
+    such as "64KiB", or bytes; `lr`: None takes the workload's own, or 2e-3; `schedule`: of the rate, see
+    `mango_env.schedules`; `policy`: "hold" waits for `apply`, anything else that MANGO takes decides by itself;
+    `optimizer_options` go to MANGO.
 
     While it works, the run borrows torch's global generators (the CPU's and those of the model's devices) and gives them
     back as they were: dropout and the like repeat with the seed and neither disturb nor notice the process around them.
@@ -94,6 +96,7 @@ class TrainingRun:
         memory_budget: float | int | str | None = 0.25,
         lr: float | None = None,
         rule: str = "adamw",
+        schedule: str = "constant",
         policy: Any = "hold",
         workload_kwargs: Mapping[str, Any] | None = None,
         optimizer_options: Mapping[str, Any] | None = None,
@@ -103,7 +106,7 @@ class TrainingRun:
         self.spec, self._options = workload, dict(optimizer_options or {})
         self._budget, self._policy = memory_budget, policy
         self.seed, self.rule = whole_number("seed", seed, None), rule
-        self.interval = whole_number("interval", interval)
+        self.interval, self.schedule = whole_number("interval", interval), check_schedule(schedule)
         self.workload_kwargs = dict(workload_kwargs or {})
         # Model initialisation often draws from the global generator: it starts from the run's seed as well.
         self._random = [torch.Generator().manual_seed(self.seed).get_state()]
@@ -189,6 +192,7 @@ class TrainingRun:
                     loss.backward()                          # type: ignore[no-untyped-call]
                     losses.append(loss.detach())
                     optimizer.observe_loss(losses[-1])
+                    self._set_rate()
                     optimizer.step()
                     inside += time.perf_counter() - entered
                     self.t += 1
@@ -196,6 +200,11 @@ class TrainingRun:
             except Exception as problem:  # noqa: BLE001     whatever a user's workload raises ends the run, not the program
                 error = describe_error(problem)
         return self._interval(start, losses, error, began, inside)
+
+    def _set_rate(self) -> None:
+        if self.schedule != "constant":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * rate_factor(self.schedule, self.t, self.horizon)
 
     def _interval(self, start: int, tensors: list[Tensor], error: str | None, began: float, inside: float) -> Interval:
         # One transfer per interval: asking for every loss as it comes would synchronise the device at every step.
@@ -275,6 +284,7 @@ class TrainingRun:
             memory_budget=self._budget,
             lr=self.lr,
             rule=self.rule,
+            schedule=self.schedule,
             policy=self._policy,
             workload_kwargs=self.workload_kwargs,
             optimizer_options=self._options,

@@ -24,7 +24,7 @@ import torch
 from mango.config import CompressionConfig
 from mango_env.reward import Reward, RewardTerms
 from mango_env.run import DEFAULT_INTERVAL, Interval, TrainingRun
-from mango_env.workloads import WORKLOADS
+from mango_env.workloads import WORKLOADS, split_options
 from mango_env.workloads.base import WorkloadBuilder
 
 WORKLOAD_PACKAGE = "mango_env.workloads"
@@ -53,6 +53,7 @@ class TwinIdentity:
     horizon: int
     lr: float
     rule: str
+    schedule: str
     options_json: str                                        # of the two below
     kwargs: Mapping[str, Any] = field(compare=False, repr=False)
     hyper: Mapping[str, Any] = field(compare=False, repr=False)
@@ -68,6 +69,7 @@ class TwinIdentity:
             "horizon": self.horizon,
             "lr": self.lr,
             "rule": self.rule,
+            "schedule": self.schedule,
             "options": self.options_json,
             "data": os.environ.get("MANGO_DATA", ""),
             "mango": _version(),
@@ -85,6 +87,7 @@ def twin_of(run: TrainingRun) -> Twin:
         horizon=run.horizon,
         lr=run.lr,
         rule=run.rule,
+        schedule=run.schedule,
         options_json=json.dumps([kwargs, hyper], sort_keys=True, default=repr),
         kwargs=kwargs,
         hyper=hyper,
@@ -132,6 +135,7 @@ def train_twin(identity: TwinIdentity) -> Twin:
         memory_budget=4.0,                                   # times AdamW's state: it never binds
         lr=identity.lr,
         rule=identity.rule,
+        schedule=identity.schedule,
         policy=CompressionConfig(),
         workload_kwargs=identity.kwargs,
         optimizer_options=identity.hyper,
@@ -169,6 +173,10 @@ def write_twin(path: Path, twin: Twin) -> None:
 
 def source_of(workload: str | WorkloadBuilder) -> str | None:
     """Name and hash of the code that builds a workload; None for closures, partials and what has no source file."""
+    workload, options = split_options(workload)
+    if options:
+        source = source_of(workload)
+        return None if source is None else f"{source}:{json.dumps(options, sort_keys=True, default=repr)}"
     builder: Any = workload
     if isinstance(workload, str):
         name, colon, attribute = workload.rpartition(":")

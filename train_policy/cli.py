@@ -16,6 +16,7 @@ from train_policy.cli_support import (
     DEBUG_FLAG,
     JsonOption,
     RuleOption,
+    ScheduleOption,
     SeedOption,
     StepsOption,
     check_rule,
@@ -75,6 +76,7 @@ def evaluate(
     interval: Annotated[int, typer.Option(help="optimizer steps per decision")] = 10,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
     rule: RuleOption = "adamw",
+    schedule: ScheduleOption = "constant",
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     json: JsonOption = None,
 ) -> None:
@@ -86,7 +88,7 @@ def evaluate(
     check_rule(rule)
     specs = [spec for given in policy for spec in given.split(",") if spec]
     specs = list(dict.fromkeys(behaviours(specs)))
-    args = EvaluationArgs(horizon=steps, interval=interval, lr=lr, rule=rule)
+    args = EvaluationArgs(horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule)
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     rows = measure(specs, workload, sizes, draws, args, workers=workers, progress=err_console.is_terminal)
     emit(json, [row.to_dict() for row in rows], lambda: print_evaluation(rows))

@@ -25,6 +25,7 @@ err_console = Console(stderr=True)
 JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON to this file; -: to stdout, no tables")]
 SeedOption = Annotated[int, typer.Option("--seed", help="everything random follows from it")]
 RuleOption = Annotated[str, typer.Option("--rule", help="base rule of the optimizer: adamw, adam, sgd, lion or muon")]
+ScheduleOption = Annotated[str, typer.Option("--schedule", help="of the learning rate: constant, linear or cosine")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimizer steps of a run; default: the workload's own")]
 
 P = ParamSpec("P")

@@ -8,6 +8,7 @@ import typer
 from train_policy.cli_support import (
     JsonOption,
     RuleOption,
+    ScheduleOption,
     SeedOption,
     StepsOption,
     check_rule,
@@ -45,6 +46,7 @@ def collect(
     interval: Annotated[int, typer.Option(help="optimizer steps per decision")] = 10,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
     rule: RuleOption = "adamw",
+    schedule: ScheduleOption = "constant",
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     json: JsonOption = None,
 ) -> None:
@@ -53,7 +55,7 @@ def collect(
     from train_policy.collect import collect as record
 
     check_rule(rule)
-    args = CollectArgs(horizon=steps, interval=interval, lr=lr, rule=rule, seed=seed)
+    args = CollectArgs(horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, seed=seed)
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     done = record(workload, policy, draws, sizes, root, args, workers=workers, progress=err_console.is_terminal)
 

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +50,7 @@ class CollectArgs:
     interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
     lr: float | None = None                              # None: the workload's own
     rule: str = "adamw"                                  # base rule of the optimizer
+    schedule: str = "constant"                           # of the learning rate
     reward: Reward = Reward()
     seed: int = 0                                        # of the behaviours; runs have seeds of their own
 
@@ -83,6 +84,10 @@ class Job:
     budget: Budget
     args: CollectArgs
     missing: tuple[int, ...] | None = None               # layers to record; None: all
+
+
+# Records jobs into the store at a root, for a task, by so many workers.
+Recorder = Callable[[Sequence[Job], Path, str, int], Generator[RunSummary, None, None]]
 
 
 class ExploringPolicy:
@@ -197,7 +202,6 @@ def collect(
     Raises ValueError before anything runs for unknown names and impossible budgets.
     """
     args = args or CollectArgs()
-    began = time.perf_counter()
     works: list[str | WorkloadBuilder] = listed(workloads)
     sizes: list[Budget] = listed(budgets)
     draws = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -210,14 +214,26 @@ def collect(
     ]
     if not asked:
         raise ValueError("collect needs at least one workload, policy, seed and budget")
-    _check(asked)
+    return record_jobs(asked, root, "+".join(workload_name(work) for work in works), workers=workers, progress=progress)
+
+
+def record_jobs(
+    asked: Sequence[Job], root: str | Path, task: str, *, workers: int = 1, progress: bool = False,
+    run: Recorder | None = None, check: bool = True,
+) -> CollectSummary:  # fmt: skip
+    """Record those of the jobs that the store at `root` has not. `run`: by what; None is this process, or `workers` of them.
+
+    With `check`, ValueError before anything runs for unknown names, impossible budgets and jobs of different rewards.
+    """
+    began = time.perf_counter()
+    if check:
+        _check(asked)
     _salvage(Path(root))
-    jobs = list(_remaining(asked, Path(root)))
-    label = "+".join(workload_name(work) for work in works)
+    jobs = list(remaining_jobs(asked, Path(root)))
     results: list[RunSummary] = []
     with progress_line("collecting", len(jobs), progress) as advance:
-        run = _record_here if workers <= 1 or len(jobs) < 2 else _record_in_processes
-        with closing(run(jobs, Path(root), label, workers)) as summaries:
+        run = run or (_record_here if workers <= 1 or len(jobs) < 2 else _record_in_processes)
+        with closing(run(jobs, Path(root), task, workers)) as summaries:
             for summary in summaries:
                 results.append(summary)
                 advance(1, status=f"{summary.workload} {summary.policy} return {summary.returns:+.3f}")
@@ -226,14 +242,17 @@ def collect(
 
 def run_id(work: str | WorkloadBuilder, spec: str | Any, seed: int, budget: Budget, args: CollectArgs) -> str:
     """The name of a run: readable, with a hash of everything that it depends on."""
-    facts = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr, args.rule]
-    digest = hashlib.sha256(json.dumps([*facts, args.seed, args.reward.to_json()]).encode()).hexdigest()[:8]
+    facts: list[Any] = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr]
+    facts += [args.rule, args.seed, args.reward.to_json()] + [args.schedule] * (args.schedule != "constant")
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     return f"{facts[0]}-{facts[1]}-s{seed}-b{budget}-{digest}"
 
 
 def _check(jobs: Sequence[Job]) -> None:
     """Build each behaviour and each (workload, budget) once: mistakes must not surface after an hour."""
     seen: set[str] = set()
+    if len({job.args.reward for job in jobs}) > 1:
+        raise ValueError("a store holds one reward, and these jobs have several; record them into several stores")
     for job in jobs:
         name, place = behaviour_name(job.behaviour), f"{workload_name(job.workload)} {job.budget!r}"
         if name not in seen:
@@ -246,8 +265,9 @@ def _check(jobs: Sequence[Job]) -> None:
 def _start(job: Job) -> TrainingRun:
     a = job.args
     return TrainingRun(
-        job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr, rule=a.rule
-    )
+        job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr, rule=a.rule,
+        schedule=a.schedule,
+    )  # fmt: skip
 
 
 def _salvage(root: Path) -> None:
@@ -258,7 +278,7 @@ def _salvage(root: Path) -> None:
         salvage(root)
 
 
-def _remaining(jobs: Sequence[Job], root: Path) -> Iterator[Job]:
+def remaining_jobs(jobs: Sequence[Job], root: Path) -> Iterator[Job]:
     """Jobs whose run is not in the store, or of which some layers are missing."""
     from mango_env.dataset import recorded_layers
 
@@ -281,7 +301,7 @@ class _MissingOnly:
             self._writer.add(episode)
 
 
-def _record(job: Job, writer: TrajectoryWriter) -> RunSummary:
+def record_job(job: Job, writer: TrajectoryWriter) -> RunSummary:
     behaviour = behaviour_of(job.behaviour, job.args, job.run_id)
     target: Any = writer if job.missing is None else _MissingOnly(writer, job.missing)
     return record_run(
@@ -289,21 +309,21 @@ def _record(job: Job, writer: TrajectoryWriter) -> RunSummary:
     )
 
 
-def _writer(root: Path, label: str, args: CollectArgs, index: bool = True) -> TrajectoryWriter:
+def open_writer(root: Path, label: str, args: CollectArgs, index: bool = True) -> TrajectoryWriter:
     return TrajectoryWriter(root, task=label, policy="mixed", reward=args.reward, index=index)
 
 
 def _record_here(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Generator[RunSummary, None, None]:
     if jobs:
-        with _writer(root, label, jobs[0].args) as writer:
+        with open_writer(root, label, jobs[0].args) as writer:
             for job in jobs:
-                yield _record(job, writer)
+                yield record_job(job, writer)
 
 
 def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Generator[RunSummary, None, None]:
     """Small batches of jobs to spawned processes; the index is rebuilt once, whatever happens."""
     size = max(1, min(8, len(jobs) // (4 * workers)))
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=_begin_worker)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=begin_worker)
     others, waiting = active_children(), set[Future[list[RunSummary]]]()
     try:
         with interrupts_held(), _sigint_blocked():           # which the processes that start here inherit
@@ -322,8 +342,8 @@ def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: i
 
 
 def _record_batch(jobs: Sequence[Job], root: Path, label: str) -> list[RunSummary]:
-    with interrupted_once(), _writer(root, label, jobs[0].args, index=False) as writer:
-        return [_record(job, writer) for job in jobs]
+    with interrupted_once(), open_writer(root, label, jobs[0].args, index=False) as writer:
+        return [record_job(job, writer) for job in jobs]
 
 
 @contextmanager
@@ -335,7 +355,7 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     """A worker listens to Ctrl-C only while it records: dying at any other time it would take the other workers along."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

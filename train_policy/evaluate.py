@@ -24,6 +24,7 @@ from mango.policy_file import load_policy, shipped_policies
 from mango_env.recorder import name_of
 from mango_env.reward import Reward
 from mango_env.run import DEFAULT_INTERVAL, TrainingRun
+from mango_env.schedules import rate_factor
 from mango_env.twin import score, twin_of
 from mango_env.workloads import workload_name
 from mango_env.workloads.base import WorkloadBuilder
@@ -106,6 +107,7 @@ class EvaluationArgs:
     interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
     lr: float | None = None                              # None: the workload's own
     rule: str = "adamw"                                  # base rule of the policies' runs; the reference is AdamW's
+    schedule: str = "constant"                           # of the learning rate
     reward: Reward = dataclasses.field(default_factory=Reward)
 
 
@@ -267,8 +269,9 @@ def _check(specs: Sequence[Any], works: Sequence[Any], sizes: Sequence[Budget], 
 
 def _run(work: str | WorkloadBuilder, seed: int, budget: Budget, policy: Any, args: EvaluationArgs) -> TrainingRun:
     return TrainingRun(
-        work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, rule=args.rule, policy=policy
-    )
+        work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, rule=args.rule,
+        schedule=args.schedule, policy=policy,
+    )  # fmt: skip
 
 
 def _results(tasks: Sequence[_Task], workers: int) -> Iterable[list[EvaluationRow]]:
@@ -296,7 +299,8 @@ def _adamw(task: _Task) -> EvaluationRow:
     losses: list[float] = []
     with borrowed_rng(task.seed):
         torch.set_rng_state(run.snapshot().random[0])              # as MANGO's runs start: dropout and the like are paired
-        for _ in range(run.horizon):
+        for step in range(run.horizon):
+            optimizer.param_groups[0]["lr"] = run.lr * rate_factor(run.schedule, step, run.horizon)
             optimizer.zero_grad()
             loss = run.workload.loss()
             loss.backward()  # type: ignore[no-untyped-call]
