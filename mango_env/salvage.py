@@ -32,23 +32,24 @@ class Salvage:
     alive: tuple[str, ...]              # left alone: their writers are still at work, or on another machine
 
 
-def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False) -> Salvage:
+def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False, writer: str = "") -> Salvage:
     """Recover complete episodes of dead writers, quarantine unreadable files, rebuild the index.
 
     A writer on this machine holds a lock for as long as it lives. Whether one on another machine (a shared folder) lives
     cannot be known for sure: its shard is left alone until nobody wrote to it for a day, or until `elsewhere=True` says
-    that no other machine is recording.
+    that no other machine is recording. `writer`: the files of that writer alone (`TrajectoryWriter.name`), which is known
+    to be gone, wherever it was.
 
     Raises ValueError where `root` is no trajectory store of this version, OSError where the recovered cannot be written.
     """
     paths = Paths.of(root)
     paths.must_be_recordable()
-    header = _header(paths)
+    header, elsewhere = _header(paths), elsewhere or bool(writer)
     episodes, recovered, quarantined, alive = 0, [], [], []
     with locked(paths.shards / ".salvage.lock"):
-        for stale in paths.shards.glob(f"*{SALVAGED}.tmp"):
+        for stale in paths.shards.glob(f"{writer}*{SALVAGED}.tmp"):
             stale.unlink()                                   # of a salvage that was killed: what it copied is still there
-        for file in sorted((*paths.shards.glob(f"*{SUFFIX}.tmp"), *paths.shards.glob(f"*{SUFFIX}"))):
+        for file in sorted((*paths.shards.glob(f"{writer}*{SUFFIX}.tmp"), *paths.shards.glob(f"{writer}*{SUFFIX}"))):
             if file.name.endswith(".tmp") and not _is_dead(file, elsewhere):
                 alive.append(_relative(paths, file))
                 continue
@@ -67,7 +68,7 @@ def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False) -> Salvage
                 file.unlink()
             else:
                 quarantined.append(_quarantine(paths, file))
-        _sweep(paths, elsewhere)
+        _sweep(paths, elsewhere, writer)
     finalize(paths.root)
     return Salvage(episodes, tuple(recovered), tuple(quarantined), tuple(alive))
 
@@ -182,12 +183,12 @@ def _quarantine(paths: Paths, file: Path) -> str:
     return _relative(paths, target)
 
 
-def _sweep(paths: Paths, elsewhere: bool) -> None:
+def _sweep(paths: Paths, elsewhere: bool, writer: str) -> None:
     """Remove what dead writers left beside their shards, and half-written indexes."""
-    for part in paths.shards.glob(f"*{PART}"):
+    for part in paths.shards.glob(f"{writer}*{PART}"):
         if _is_dead(part, elsewhere):
             part.unlink(missing_ok=True)                     # its original is a .tmp, or it was published
-    for lock in paths.shards.glob("*.lock"):
+    for lock in paths.shards.glob(f"{writer}*.lock"):
         if not lock.name.startswith(".") and _is_dead(lock.with_name(f"{lock.stem}-0000{SUFFIX}.tmp"), elsewhere):
             lock.unlink(missing_ok=True)
     with locked(paths.index_lock):

@@ -80,8 +80,8 @@ class TrajectoryWriter:
         self.paths.must_be_recordable()
         self.paths.create()
         _claim(self.paths, self.header)
-        self._stem = f"{slug(socket.gethostname())}-{self._pid}-{secrets.token_hex(3)}"
-        self._lock: WriterLock | None = WriterLock(self.paths.shards / f"{self._stem}.lock")
+        self.name = f"{slug(socket.gethostname())}-{self._pid}-{secrets.token_hex(3)}"       # its files begin with it
+        self._lock: WriterLock | None = WriterLock(self.paths.shards / f"{self.name}.lock")
 
     @interrupts_held()
     def add(self, episode: Episode) -> None:
@@ -127,7 +127,7 @@ class TrajectoryWriter:
         self.close()                                         # an interrupted recording keeps what it has
 
     def _open_shard(self) -> ShardWriter:
-        path = self.paths.shards / f"{self._stem}-{self._shards:04d}{SUFFIX}"
+        path = self.paths.shards / f"{self.name}-{self._shards:04d}{SUFFIX}"
         self._shards += 1
         return ShardWriter(path, self.header, self._limits[0], self._compression)
 

@@ -240,8 +240,7 @@ def test_moments_are_updated_in_registers_as_in_pytorch(m: int, v: int, rule: st
     mine, twin = (MANGO([param], lr=1e-2, **options) for param in params)
     for step in range(6):
         grad = torch.randn(shape, generator=generator)
-        each = sizes[torch.arange(20) % 6, None] if scale == "mixed" else float(scale)
-        grad = (grad.view(-1, 128) * each).view(shape)
+        grad = (grad.view(-1, 128) * (sizes[torch.arange(20) % 6, None] if scale == "mixed" else float(scale))).view(shape)
         for param in params:
             param.grad = grad.masked_fill(torch.arange(160) % 7 == step, 0.0)
         before = [params[0].detach().clone()]

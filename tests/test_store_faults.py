@@ -257,6 +257,24 @@ def test_a_writer_on_another_machine_is_left_alone_until_told_or_a_day_old(tmp_p
     assert len(TrajectoryDataset(tmp_path)) == 2
 
 
+def test_a_writer_known_to_be_gone_is_salvaged_alone_wherever_it_was(tmp_path: Path) -> None:
+    gone = []
+    for i in range(2):
+        w = writer(tmp_path)
+        w.add(make_episode(i))
+        assert w._shard is not None and w._lock is not None
+        lock = w._lock.path
+        w._shard.abandon()
+        w._lock._file.close()
+        lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "locked": True}))
+        gone.append(w.name)
+    done = salvage(tmp_path, writer=gone[1])
+    assert (done.episodes, done.alive) == (1, ()) and TrajectoryDataset(tmp_path)[0].attributes["seed"] == 1
+    assert len(list((tmp_path / "data" / "shards").glob(f"{gone[0]}*"))) == 2        # shard and lock
+    assert not list((tmp_path / "data" / "shards").glob(f"{gone[1]}*.lock"))
+    assert salvage(tmp_path, writer=gone[1]).episodes == 0 and salvage(tmp_path, elsewhere=True).episodes == 1
+
+
 def test_where_locks_do_not_work_the_process_id_decides(tmp_path: Path) -> None:
     w = writer(tmp_path)
     w.add(make_episode())

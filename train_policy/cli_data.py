@@ -8,7 +8,7 @@ import typer
 
 from train_policy.cli_support import JsonOption, SeedOption, console, emit, guarded, number, print_table
 
-data_app = typer.Typer(no_args_is_help=True, help="Trajectory stores: info, validate, merge, split, compact, cache, salvage.")
+data_app = typer.Typer(no_args_is_help=True, help="Trajectory stores: look, check, merge, split, pack, salvage.")
 
 Store = Annotated[Path, typer.Argument(help="a trajectory store: its folder, or one file made by compact")]
 
@@ -26,6 +26,20 @@ def info(store: Store, json: JsonOption = None) -> None:
 def counts(value: Any) -> Any:
     """A dict of counts on one line."""
     return ", ".join(f"{key} {number(count)}" for key, count in value.items()) if isinstance(value, dict) else value
+
+
+@data_app.command()
+@guarded
+def card(
+    store: Store,
+    out: Annotated[Path | None, typer.Option(help="a Markdown file; default: stdout")] = None,
+    json: JsonOption = None,
+) -> None:
+    """The dataset card, Markdown: what a store covers, returns by behaviour, and what a reader must know."""
+    from mango_env.card import card_of, write_card
+
+    made = card_of(store) if out is None else write_card(store, out)
+    emit(json, made.to_dict(), lambda: print(made) if out is None else console.print(f"wrote {out}", highlight=False))
 
 
 @data_app.command()
