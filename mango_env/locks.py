@@ -47,13 +47,15 @@ def try_lock(path: Path) -> bool:
 class WriterLock:
     """Says for as long as it is held that a writer of this name is at work.
 
-    The file says which process on which machine, and whether the lock could be taken at all.
+    The file says which process on which machine, and whether the lock could be taken at all. It gets its name when all of
+    that is true: nobody sees a lock that is not held yet, which would look like a dead writer's.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        aside = path.with_name(f"{path.name}.new")
         try:
-            self._file = path.open("x", encoding="utf-8")
+            self._file = aside.open("x", encoding="utf-8")
         except OSError as error:
             raise explained(error, f"cannot write below {path.parent}", "choose a folder that can be written") from error
         try:
@@ -63,7 +65,9 @@ class WriterLock:
         try:
             self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "locked": taken}))
             self._file.flush()
+            aside.rename(path)
         except OSError as error:
+            aside.unlink(missing_ok=True)
             self.release()
             raise explained(error, f"cannot write below {path.parent}", "make room or choose another folder") from error
 

@@ -48,7 +48,7 @@ def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False, writer: st
     episodes, recovered, quarantined, alive = 0, [], [], []
     with locked(paths.shards / ".salvage.lock"):
         for stale in paths.shards.glob(f"{writer}*{SALVAGED}.tmp"):
-            stale.unlink()                                   # of a salvage that was killed: what it copied is still there
+            stale.unlink(missing_ok=True)                    # of a salvage that was killed: what it copied is still there
         for file in sorted((*paths.shards.glob(f"{writer}*{SUFFIX}.tmp"), *paths.shards.glob(f"{writer}*{SUFFIX}"))):
             if file.name.endswith(".tmp") and not _is_dead(file, elsewhere):
                 alive.append(_relative(paths, file))
@@ -56,7 +56,7 @@ def salvage(root: str | os.PathLike[str], *, elsewhere: bool = False, writer: st
             if file.name.endswith(SUFFIX) and _is_sound(file, header):
                 continue
             if _is_sound(file.with_name(file.name.removesuffix(".tmp")), header):
-                file.unlink()                                # killed between publishing and removing it
+                file.unlink(missing_ok=True)                 # killed between publishing and removing it, or published just now
                 continue
             found, whole = _episodes(file, header)
             target = file.with_name(file.name.removesuffix(".tmp").removesuffix(SUFFIX) + SALVAGED)
