@@ -148,18 +148,18 @@ static inline void look_ahead(Ahead *a) {
 }
 
 static void update_range(const Job *job, int64_t start, int64_t stop, Part *part, Ahead *ahead) {
-    const float lr = (float)job->lr, decay = (float)(1.0 - job->lr * job->weight_decay), coupled = (float)job->weight_decay;
+    const float lr = (float)job->lr, coupled = (float)job->weight_decay;
     const float fresh1 = (float)(1.0 - job->beta1), beta1 = (float)job->beta1, beta2 = (float)job->beta2;
     const float fresh2 = (float)(1.0 - job->beta2);
     const int adam = job->rule == ADAMW || job->rule == ADAM, decoupled = job->rule == ADAMW || job->rule == LION;
+    const float decay = decoupled ? (float)(1.0 - job->lr * job->weight_decay) : 1.0f;
     const Adam rule = {beta2, fresh1, fresh2, (float)sqrt(job->correction2), (float)(1.0 / sqrt(job->correction2)),
                        (float)job->eps, lr, (float)(-job->lr / job->correction1), job->v_format != FACTORED};
     const int exact = job->m_format == FLOAT32 && job->v_format == FLOAT32;
 #ifdef __AVX512F__
-    const int plain = adam && !job->measure && job->param_type == FLOAT32 && job->grad_type == FLOAT32 && job->scale == 1.0
-        && (decoupled || coupled == 0) && lr > 1e-20f;
     const int v_fits = job->v_format == FACTORED || (job->v_format == UNSIGNED8 && job->v_chance && job->m_format == SIGNED8);
-    const int registers = plain && v_fits && ((job->m_format == SIGNED8 && !job->m_chance) || (job->m_format == NF4 && job->m_chance));
+    const int m_fits = (job->m_format == SIGNED8 && !job->m_chance) || (job->m_format == NF4 && job->m_chance);
+    const int registers = adam && m_fits && v_fits && !job->measure && lr > 1e-20f;
 #endif
     ALIGNED float buffers[5][BLOCK];
     for (int64_t at = start; at < stop; at += BLOCK) {
@@ -171,16 +171,6 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
             fetch(job->m_codes, WIDTH[job->m_format], at + AHEAD * BLOCK);
         }
         const int whole = entries == BLOCK;                              /* float32 is worked on where it lies */
-#ifdef __AVX512F__
-        if (registers && whole && (job->v_format == FACTORED || ((const float *)job->v_scale)[at / 256] < 0x1p90f)) {
-            float *given = job->v_format == FACTORED ? buffers[3] : 0;
-            if (given) factored_variance(job, at, BLOCK, part->rows_mean, (const float *)job->grad + at, given);
-            if (job->m_format == NF4) adam_registers(NF4, &rule, job, at, decay, buffers[3]);
-            else if (given) adam_registers(SIGNED8, &rule, job, at, decay, buffers[3]);
-            else adam_registers(SIGNED8, &rule, job, at, decay, 0);
-            continue;
-        }
-#endif
         float *g = buffers[0], *q = buffers[4];
         float *p = whole && job->param_type == FLOAT32 ? (float *)job->param + at : buffers[1];
         float *m = whole && job->m_format == FLOAT32 ? (float *)job->m_codes + at : buffers[2];
@@ -188,8 +178,19 @@ static void update_range(const Job *job, int64_t start, int64_t stop, Part *part
         if (whole && job->grad_type == FLOAT32 && job->scale == 1.0 && (decoupled || coupled == 0)) g = (float *)job->grad + at;
         else load_gradient(job, at, entries, g);
         if (p == buffers[1]) load_param(job, at, entries, p);
+#ifdef __AVX512F__
+        if (registers && whole && (job->v_format == FACTORED || ((const float *)job->v_scale)[at / 256] < 0x1p90f)) {
+            if (coupled != 0 && !decoupled) { SIMD for (int j = 0; j < BLOCK; j++) g[j] += coupled * p[j]; }
+            if (job->v_format == FACTORED) factored_variance(job, at, BLOCK, part->rows_mean, g, v);
+            if (job->m_format == NF4) adam_registers(NF4, &rule, job, at, decay, g, p, v);
+            else if (job->v_format == FACTORED) adam_registers(SIGNED8, &rule, job, at, decay, g, p, v);
+            else adam_registers(SIGNED8, &rule, job, at, decay, g, p, 0);
+            if (p == buffers[1]) store_param(job, at, entries, p);
+            continue;
+        }
+#endif
         if (job->measure) memcpy(q, p, BLOCK * sizeof(float));
-        if (coupled != 0 && decoupled) { SIMD for (int j = 0; j < BLOCK; j++) p[j] *= decay; }
+        if (decay != 1) { SIMD for (int j = 0; j < BLOCK; j++) p[j] *= decay; }
         if (coupled != 0 && !decoupled) { SIMD for (int j = 0; j < BLOCK; j++) g[j] += coupled * p[j]; }
         if (m == buffers[2]) decode(job->m_format, job->m_codes, job->m_scale, job->m_low, at, entries, m);
         if (adam) {

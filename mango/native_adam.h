@@ -121,13 +121,13 @@ static inline __m512 values_nf4(const uint8_t *codes) {
     return _mm512_permutexvar_ps(index, _mm512_loadu_ps(NF4_LEVELS));
 }
 
-/* A whole block of float32 under Adam, its moments kept in registers: what the general way does in passes over buffers, with
+/* A whole block under Adam, its moments kept in registers: what the general way does in passes over buffers, with
  * constants multiplied together beforehand: moments are worked on in units of fresh1 and fresh2. The first is in 8 bits, to
  * nearest, or in NF4, by chance; the second in 8 bits, by chance, or given. */
-static inline __attribute__((always_inline)) void adam_registers(int m_format, const Adam *a, const Job *job, int64_t at, float decay, float *given) {
+static inline __attribute__((always_inline)) void adam_registers(int m_format, const Adam *a, const Job *job, int64_t at, float decay, const float *g, float *p, float *given) {
     const int span = m_format == NF4 ? 64 : 128;
-    const float *g = (const float *)job->grad + at, share = given ? 1.0f : a->fresh2;
-    float *p = (float *)job->param + at, *v_scale = (float *)job->v_scale + at / 256, m_least = 0x1p100f, v_high = 1.0f, m_unit[4];
+    const float share = given ? 1.0f : a->fresh2;
+    float *v_scale = (float *)job->v_scale + at / 256, m_least = 0x1p100f, v_high = 1.0f, m_unit[4];
     uint16_t *m_scale = (uint16_t *)job->m_scale + at / span;
     uint8_t *m_codes = (uint8_t *)job->m_codes + (m_format == NF4 ? at / 2 : at), *v_codes = (uint8_t *)job->v_codes + at;
     const __m512 three = _mm512_set1_ps(3.0f), two = _mm512_set1_ps(2.0f), zero = _mm512_setzero_ps();
