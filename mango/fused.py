@@ -54,6 +54,7 @@ class FusedUpdate:
         self._row = {target: i for i, target in enumerate(targets)}
         self._jobs: NDArray[Any] = np.zeros(len(targets), native.JOB)
         self._versions = [-1] * len(targets)
+        self._layers = np.array([-1 if target.layer is None else target.layer for target in targets], np.int64)
         self._skipped = 0
         self._keys = np.array([noise.step_key(seed, i, 0) for i in range(len(targets))], dtype=np.uint64)
         self._statistics = statistics
@@ -62,9 +63,10 @@ class FusedUpdate:
     def covers(target: Target, state: TensorState) -> bool:
         """Whether the tensor's update can be fused, whatever its gradient is."""
         param = target.local
-        plain = type(param) in (Parameter, Tensor) and param.is_cpu and param.dtype in native.PARAM_TYPES
-        plain = plain and param.is_contiguous() and param.shape == state.shape      # a shape that was changed since is an error
-        return plain and not state.config.rank and state.rule in native.RULES and param.numel() > 0 and native.load() is not None
+        if not (param.is_cpu and param.dtype in native.PARAM_TYPES and param.is_contiguous() and param.shape == state.shape):
+            return False                                                            # a shape that was changed since is an error
+        known = not state.config.rank and state.rule in native.RULES and param.numel() > 0
+        return known and type(param) in (Parameter, Tensor) and native.load() is not None
 
     @staticmethod
     def accepts(gradient: Tensor) -> bool:
@@ -84,34 +86,39 @@ class FusedUpdate:
         jobs = self._jobs[rows]
         params = [w.target.local for w in work]
         jobs["param"] = [param.data_ptr() for param in params]
-        jobs["param_type"] = [native.PARAM_TYPES[param.dtype] for param in params]  # `model.to(dtype)` changes it
+        types = native.PARAM_TYPES
+        jobs["param_type"] = [types[param.dtype] for param in params]               # `model.to(dtype)` changes it
         jobs["grad"] = [w.gradient.data_ptr() for w in work]
-        jobs["grad_type"] = [native.PARAM_TYPES[w.gradient.dtype] for w in work]
+        jobs["grad_type"] = [types[w.gradient.dtype] for w in work]
         jobs["scale"] = [-1.0 if w.target.group["maximize"] else 1.0 for w in work]
         jobs["key"] = (self._keys[rows] + np.uint64(step * 0x9E3779B9)).astype(np.uint32)
         self._hyper(jobs, work)
         sampled = np.array([w.fresh for w in work])
         jobs["sample_count"] = np.where(sampled, jobs["sample_count"], 0)
-        layers = [w.target.layer for w in work if w.fresh and w.target.layer is not None]
-        if layers:
-            has = sampled & (jobs["sample_stride"] > 0)
-            jobs["window"][has] = self._statistics.count[layers].numpy() + 1.0
+        has = sampled & (jobs["sample_stride"] > 0)
+        if has.any():
+            jobs["window"][has] = self._statistics.count.numpy()[self._layers[rows[has]]] + 1.0
         jobs["measure"] = measure
         native.update(jobs)
         torch.autograd.graph.increment_version(params)                             # backward through old weights is an error
-        return self._results(work, jobs, sampled)
+        return self._results(work, jobs, rows, sampled, measure)
 
-    def _results(self, work: Sequence[Work], jobs: NDArray[Any], sampled: NDArray[np.bool_]) -> Moves:
+    def _results(
+        self, work: Sequence[Work], jobs: NDArray[Any], rows: NDArray[np.int64], sampled: NDArray[np.bool_], measure: bool
+    ) -> Moves:
         if (jobs["finite"] == 2).any():
             raise MemoryError("the CPU kernels could not allocate their scratch space")
         finite = jobs["finite"] == 1
-        self._skipped += int((~finite).sum())
+        self._skipped += len(work) - int(finite.sum())
         for w, good in zip(work, finite.tolist(), strict=True):
             w.state.step += good
         norms = np.sqrt(jobs["grad_sq"])
-        took = [i for i, w in enumerate(work) if w.fresh and finite[i] and w.target.layer is not None]
-        if took:
-            self._statistics.took([work[i].target.layer for i in took], torch.from_numpy(norms[took]))  # type: ignore[misc]
+        took = sampled & finite & (self._layers[rows] >= 0)
+        if took.any():
+            self._statistics.took(torch.from_numpy(self._layers[rows[took]]), torch.from_numpy(norms[took]))
+        if not measure:
+            nothing = np.zeros(len(work))
+            return Moves(finite, norms, nothing, nothing, nothing)
         with np.errstate(invalid="ignore", divide="ignore"):
             alignment = np.nan_to_num(jobs["momentum_grad"] / (np.sqrt(jobs["momentum_sq"]) * norms))
         return Moves(finite, norms, np.sqrt(jobs["moved_sq"]), np.sqrt(jobs["param_sq"]), alignment)

@@ -293,7 +293,7 @@ class MANGO(Budgeted):
         alone: list[Work] = []
         for w in work:
             (fused if w.fresh or self._fusable(w.target, w.state, w.gradient) else alone).append(w)
-        windows = {w.target: window_of(w.state) for w in fused if due == 0 and w.target.layer is not None}
+        windows = {w.target: window_of(w.state) for w in (fused if due == 0 else ()) if w.target.layer is not None}
         if fused:
             self._update_fused(fused, windows, measure)
         for i, w in enumerate(alone):
@@ -311,8 +311,8 @@ class MANGO(Budgeted):
             return
         moves = found.on_host()
         self.skipped += self.fused.settle()
-        for i, (target, state, gradient, _, coding) in enumerate(work):
-            if not measure or target.layer is None or not moves.finite[i]:
+        for i, (target, state, gradient, _, coding) in enumerate(work if measure else ()):
+            if target.layer is None or not moves.finite[i]:
                 continue
             moved = float(moves.moved[i])
             if target in windows:

@@ -154,9 +154,9 @@ class GradientStatistics:
         stride, count = self._samples[index]
         self._taken[index] = (grad.reshape(-1)[:: stride][:count].to(self.mean), norm.to(self.norm))
 
-    def took(self, indices: Sequence[int], norms: Tensor) -> None:
-        """What a kernel took in itself, samples and all: layers' norms (n,)."""
-        where = torch.tensor(indices, device=self.norm.device)
+    def took(self, layers: Tensor, norms: Tensor) -> None:
+        """What a kernel took in itself, samples and all: layers (n,) int64 and the norms of their gradients (n,)."""
+        where = layers.to(self.norm.device)
         self.count[where] += 1
         self._norms(where, norms.to(self.norm))
 
