@@ -8,8 +8,9 @@ the run and another format elsewhere. Two maps come of it, per rule and data set
   damage  the cheap format in one kind and phase, the dear one elsewhere: what is lost, against the dear one everywhere
   gain    the dear format in one kind and phase, the cheap one elsewhere: what is won, against the cheap one everywhere
 
-both in per cent of loss, paired by seed. Cells are written `damage:KIND:PHASE`; `all` stands for every kind or phase, and
-a phase is a part of the run (0 is the first). Bytes are the mean over steps. Rates are those tuned in
+both in per cent of loss, paired by seed. Cells are written `damage:KIND:PHASE`; `all` stands for every kind or phase,
+several kinds are joined by a plus, and a phase is a part of the run (0 is the first). `extra` cells put together what the
+maps found. Bytes are the mean over steps. Rates are those tuned in
 benchmarks/quality.py. The file is written after every run and a repeated command goes on where it was.
 """
 
@@ -42,6 +43,7 @@ class Args:
     dear: str = "m4v0"                                  # the format of both maps that costs more
     cheap: str = "m0v0"                                 # and the one that costs less
     uniform: str = "full,m8v0,m4v0,m2v0,m0v0"           # formats tried everywhere
+    extra: str = "gain:attention_in+mlp_up:all,damage:mlp_down+attention_out:all"  # further cells
     phases: int = 2                                     # parts of the run
     seeds: int = 3                                      # runs per cell
     steps: int = 300
@@ -68,7 +70,8 @@ def placed(layers: Sequence[Layer], cell: str, phase: int, args: Args) -> list[C
         return [config_of(cell)] * len(layers)
     kind_of_map, kind, part = cell.split(":")
     usual, special = (args.dear, args.cheap) if kind_of_map == "damage" else (args.cheap, args.dear)
-    return [config_of(special if kind in (layer.kind, "all") and part in (str(phase), "all") else usual) for layer in layers]
+    here = part in (str(phase), "all")
+    return [config_of(special if here and {layer.kind, "all"} & set(kind.split("+")) else usual) for layer in layers]
 
 
 def cells(layers: Sequence[Layer], args: Args) -> list[str]:
@@ -76,7 +79,7 @@ def cells(layers: Sequence[Layer], args: Args) -> list[str]:
     kinds = ["all", *sorted({layer.kind for layer in layers if layer.kind != "norm"})]
     parts = ["all", *map(str, range(args.phases))]
     maps = [f"{name}:{kind}:{part}" for name in ("damage", "gain") for kind in kinds for part in parts]
-    return [*args.uniform.split(","), *(cell for cell in maps if not cell.endswith(":all:all"))]
+    return [*args.uniform.split(","), *args.extra.split(","), *(cell for cell in maps if not cell.endswith(":all:all"))]
 
 
 def run(task: Workload, cell: str, rule: str, rates: tuple[float, float], seed: int, args: Args) -> dict[str, float]:
@@ -139,12 +142,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for name in ("damage", "gain"):
             places = [cell.split(":")[1:] for cell in mine if cell.startswith(name)]
             parts = list(dict.fromkeys(part for _, part in places))
-            lines.append(f"  {name:15s} " + " ".join(f"{f'phase {part}':>16s}" for part in sorted(parts)))
+            lines.append(f"  {name:26s} " + " ".join(f"{f'phase {part}':>16s}" for part in sorted(parts)))
             for kind in dict.fromkeys(kind for kind, _ in places):
                 found = [mine.get(f"{name}:{kind}:{part}") for part in sorted(parts)]
                 shown = [f"{r['percent_over_start']['mean']:+6.2f} at {r['bytes_per_param']:.3f}" if r and r["percent_over_start"]
                          else "" for r in found]  # fmt: skip
-                lines.append(f"    {kind:13s} " + " ".join(f"{cell:>16s}" for cell in shown))
+                lines.append(f"    {kind:24s} " + " ".join(f"{cell:>16s}" for cell in shown))
     return "\n".join(lines)
 
 

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks.memory import widest
+from benchmarks.quality import config_of
+from experiments import headroom
 from experiments.bf16_master import bound
 from experiments.rank_schedule import AdaRankGrad, hidden_matrices
+from mango import MANGO
 from mango.lowrank import matricise
 from mango_env.workloads.text import Transformer
 
@@ -64,3 +67,33 @@ def test_adarankgrad_keeps_the_energy_it_is_told_to_and_counts_its_bytes(schedul
 def test_what_is_projected_are_the_blocks_matrices() -> None:
     names = hidden_matrices(Transformer(32, 1, 4, 16))
     assert names == {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.out_proj", "mlp.up", "mlp.down")}
+
+
+def test_cells_of_the_headroom_maps_place_formats_by_kind_and_phase() -> None:
+    args = headroom.Args()
+    layers = MANGO(Transformer(32, 1, 4, 16).named_parameters(), rule="muon", min_numel=1).layers
+    cells = headroom.cells(layers, args)
+    assert len(cells) == len(set(cells)) and cells[:5] == args.uniform.split(",")
+    kinds = {layer.kind for layer in layers if layer.kind != "norm"}
+    assert {c.split(":")[1] for c in cells if c.startswith("gain") and "+" not in c} == kinds | {"all"}
+    dear, cheap = config_of(args.dear), config_of(args.cheap)
+    for phase in (0, 1):
+        found = headroom.placed(layers, "gain:attention_in+mlp_up:1", phase, args)
+        assert [c == dear for c in found] == [phase == 1 and layer.kind in ("attention_in", "mlp_up") for layer in layers]
+        found = headroom.placed(layers, "damage:head:all", phase, args)
+        assert [c == cheap for c in found] == [layer.kind == "head" for layer in layers]
+        assert set(headroom.placed(layers, "m2v0", phase, args)) == {config_of("m2v0")}
+
+
+def test_headroom_is_paired_by_seed_and_tells_its_table() -> None:
+    args = headroom.Args()
+    losses = {("full", 0): 2.0, ("full", 1): 4.0, ("m4v0", 0): 2.2, ("m4v0", 1): 4.0, ("damage:head:all", 0): 1.1}
+    runs = [
+        {"data": "books", "rule": "muon", "cell": cell, "seed": seed, "val_loss": loss, "bytes_per_param": 0.5}
+        for (cell, seed), loss in losses.items()
+    ]
+    rows = {row["cell"]: row for row in headroom.summary(runs, args)}
+    assert rows["m4v0"]["percent_over_full"] == pytest.approx({"mean": 5.0, "low": 0.0, "high": 10.0, "seeds": 2})
+    assert rows["damage:head:all"]["percent_over_start"] == pytest.approx({"mean": -50, "low": -50, "high": -50, "seeds": 1})
+    told = headroom.table(list(rows.values()))
+    assert "+5.00" in told and "-50.00 at 0.500" in told
