@@ -44,6 +44,7 @@ class Args:
     cheap: str = "m0v0"                                 # and the one that costs less
     uniform: str = "full,m8v0,m4v0,m2v0,m0v0"           # formats tried everywhere
     extra: str = "gain:attention_in+mlp_up:all,damage:mlp_down+attention_out:all"  # further cells
+    maps: bool = True                                   # every kind and phase by itself
     phases: int = 2                                     # parts of the run
     seeds: int = 3                                      # runs per cell
     steps: int = 300
@@ -78,7 +79,7 @@ def cells(layers: Sequence[Layer], args: Args) -> list[str]:
     """Uniform formats first, then both maps."""
     kinds = ["all", *sorted({layer.kind for layer in layers if layer.kind != "norm"})]
     parts = ["all", *map(str, range(args.phases))]
-    maps = [f"{name}:{kind}:{part}" for name in ("damage", "gain") for kind in kinds for part in parts]
+    maps = [f"{name}:{kind}:{part}" for name in ("damage", "gain") for kind in kinds for part in parts if args.maps]
     return [*args.uniform.split(","), *args.extra.split(","), *(cell for cell in maps if not cell.endswith(":all:all"))]
 
 
