@@ -9,7 +9,6 @@ Muon in full precision; compressed runs take the rate of their rule. The file is
 command goes on where it was; MANGO_DATA holds the texts.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from mango import MANGO, CompressionConfig
 from mango_env.workloads import Workload
 from mango_env.workloads.data import TextData
@@ -130,17 +129,15 @@ class Study:
 
     def __init__(self, args: Args) -> None:
         self.args, self.began = args, time.perf_counter()
-        before = json.loads(args.out.read_text()) if args.out.exists() else {}
-        self.runs: list[dict[str, Any]] = before.get("runs", [])
+        self.runs = earlier_runs(args.out)
         self.head = stamp(args)
         self.texts: dict[str, TextData] = {}
 
     def get(self, data: str, method: str, seed: int, lr: float, scale: float) -> float:
         """The validation loss of a run, done now unless it was done before."""
         facts = {"data": data, "method": method, "seed": seed, "lr": lr, "matrix_lr_scale": scale, "steps": self.args.steps}
-        for done in self.runs:
-            if all(done[key] == value for key, value in facts.items()):
-                return float(done["val_loss"])
+        if done := find_run(self.runs, facts):
+            return float(done["val_loss"])
         longest = max((r["seconds"] for r in self.runs), default=0.0)
         if (time.perf_counter() - self.began + longest) / 60 > self.args.budget_minutes:
             raise TimeoutError("the time is spent; run the command again to go on")

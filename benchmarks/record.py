@@ -1,11 +1,12 @@
 """What stands in every file of results: who measured what, where, when and with which code. Nothing to run by itself."""
 
 import argparse
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,17 @@ def stamp(args: Any = None) -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     hardware = told["hardware"] | {"load": load, "system": f"{platform.system()} {platform.machine()}"}
     return told | {"args": {} if args is None else plain(asdict(args)), "hardware": hardware}
+
+
+def earlier_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file of results; none where there is no file."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text()).get("runs", []) if path.exists() else []
+    return runs
+
+
+def find_run(runs: Sequence[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first run with these facts, of which every run has all; None where it has not been done."""
+    return next((run for run in runs if all(run[name] == value for name, value in facts.items())), None)
 
 
 def write(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> Path:

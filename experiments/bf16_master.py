@@ -14,7 +14,6 @@ nudges at every step. Beside the claim stands torch's AdamW in bfloat16, which r
 file is written after every run and a repeated command goes on where it was.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch.nn import Module
 from torch.optim import AdamW, Optimizer
 
 from benchmarks import quality
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from mango import MANGO, CompressionConfig
 from mango_env.workloads.data import TextData
 from mango_env.workloads.text import LanguageModel
@@ -136,15 +135,14 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def train(args: Args) -> Path:
     torch.set_num_threads(args.threads)
-    before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    runs: list[dict[str, Any]] = before.get("runs", [])
+    runs = earlier_runs(args.out)
     head, text = stamp(args), quality.read("shakespeare")
     facts = {"steps": args.steps, "width": args.width, "depth": args.depth, "batch": args.batch, "lr": args.lr}
     one: Callable[..., dict[str, float]] = partial(run, text, args=args)
     for seed in range(args.seeds):                      # a seed of everything before the next: stopped early, it is still paired
         for method in args.methods.split(","):
             key = {"method": method, "seed": seed} | facts
-            if any(all(r[name] == value for name, value in key.items()) for r in runs):
+            if find_run(runs, key):
                 continue
             runs.append(key | one(method, seed))
             write(args.out, head | {"runs": runs, "summary": summary(runs)})

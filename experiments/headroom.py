@@ -14,7 +14,6 @@ maps found. Bytes are the mean over steps. Rates are those tuned in
 benchmarks/quality.py. The file is written after every run and a repeated command goes on where it was.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality import config_of, read, train_task
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from mango import MANGO, CompressionConfig
 from mango.layers import Layer
 from mango_env.workloads import Workload, make_workload
@@ -154,8 +153,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def train(args: Args) -> Path:
     torch.set_num_threads(args.threads)
-    before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    runs: list[dict[str, Any]] = before.get("runs", [])
+    runs = earlier_runs(args.out)
     texts: dict[str, TextData] = {}
     head, began, longest = stamp(args), time.perf_counter(), 0.0
     size = {"steps": args.steps, "width": args.width, "depth": args.depth, "batch": args.batch, "phases": args.phases,
@@ -166,7 +164,7 @@ def train(args: Args) -> Path:
                 layers = MANGO(task_of(data, texts, seed, args).model.named_parameters(), rule=rule).layers
                 for cell in cells(layers, args):
                     facts = {"data": data, "rule": rule, "cell": cell, "seed": seed} | size
-                    if any(all(done[key] == value for key, value in facts.items()) for done in runs):
+                    if find_run(runs, facts):
                         continue
                     if (time.perf_counter() - began + longest) / 60 > args.budget_minutes:
                         print("the time is spent; run the command again to go on")

@@ -15,7 +15,6 @@ matrices' updates too (GaLore's alpha), and its bytes, from which the budget com
 written after every run and a repeated command goes on where it was; MANGO_DATA holds the text.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -29,7 +28,7 @@ from torch.nn import Module, Parameter
 from torch.optim import AdamW, Optimizer
 
 from benchmarks import quality
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from mango import MANGO
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango.layers import describe
@@ -211,7 +210,7 @@ class Study:
 
     def __init__(self, args: Args) -> None:
         self.args, self.head, self.text = args, stamp(args), quality.read("shakespeare")
-        self.runs: list[dict[str, Any]] = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+        self.runs = earlier_runs(args.out)
 
     def save(self) -> None:
         write(self.args.out, self.head | {"runs": self.runs, "summary": summary(self.runs)})
@@ -220,9 +219,8 @@ class Study:
         """The facts of a run, done now unless it was done before."""
         facts = {field.name: getattr(case, field.name) for field in fields(case)}
         facts |= {name: getattr(self.args, name) for name in ("steps", "every", "width", "depth", "batch")}
-        for done in self.runs:
-            if all(done[name] == value for name, value in facts.items()):
-                return done
+        if before := find_run(self.runs, facts):
+            return before
         self.runs.append(facts | run(self.text, case, self.args))
         self.save()
         done = self.runs[-1]

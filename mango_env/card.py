@@ -164,7 +164,7 @@ def card_of(store: str | os.PathLike[str]) -> Card:
         episodes=len(dataset),
         runs=len(all_runs),
         transitions=sum(found.decisions for found in returns.values()),
-        bytes=_bytes(dataset),
+        bytes=dataset.nbytes,
         counts={name: _told(name, found) for name, found in counted.items()},
         lr=rates if len(dataset) else None,
         numel=sizes if len(dataset) else None,
@@ -227,11 +227,6 @@ def _told(name: str, found: Mapping[Any, tuple[int, int]]) -> dict[str, tuple[in
         runs, episodes = told.get(words[value], (0, 0))
         told[words[value]] = runs + found[value][0], episodes + found[value][1]
     return told
-
-
-def _bytes(dataset: TrajectoryDataset) -> int:
-    files = [dataset.index] if dataset.path.is_file() else [file for file in dataset.index.parent.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def _narrow(counted: Mapping[str, Mapping[Any, tuple[int, int]]], runs: int) -> Iterator[str]:

@@ -64,6 +64,12 @@ class TrajectoryDataset:
         return int(self.metadata["total_steps"])
 
     @property
+    def nbytes(self) -> int:
+        """Size of its files."""
+        files = [self.index] if self.path.is_file() else [file for file in self.index.parent.rglob("*") if file.is_file()]
+        return sum(file.stat().st_size for file in files)
+
+    @property
     def id(self) -> str:
         """Minari's name of it."""
         return str(self.metadata["dataset_id"])
@@ -151,7 +157,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         returns.append(episode.returns)
         rungs.update(episode.infos["rung"].tolist())
         terminated += episode.terminated
-    files = [dataset.index] if dataset.path.is_file() else [f for f in dataset.index.parent.rglob("*") if f.is_file()]
     names = [rung.name for rung in header.ladder]
     return {
         "path": str(dataset.path),
@@ -161,7 +166,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "runs": len({f["run_id"] for f in facts}),
         "terminated": terminated,
         "truncated": len(dataset) - terminated,
-        "bytes": sum(f.stat().st_size for f in files),
+        "bytes": dataset.nbytes,
         "workloads": _counts(facts, "workload"),
         "policies": _counts(facts, "policy"),
         "layer_kinds": _counts(facts, "layer_kind"),

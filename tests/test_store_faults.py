@@ -240,15 +240,21 @@ def test_salvage_leaves_living_writers_alone(tmp_path: Path) -> None:
     assert {e.attributes["seed"] for e in TrajectoryDataset(tmp_path)} == {0, 1, 2}
 
 
+def gone_elsewhere(root: Path, i: int) -> str:
+    """A writer of one episode that ended on another machine, by its name; its lock looks so where locks are local."""
+    w = writer(root)
+    w.add(make_episode(i))
+    assert w._shard is not None and w._lock is not None
+    lock = w._lock.path
+    w._shard.abandon()
+    w._lock._file.close()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "locked": True}))
+    return w.name
+
+
 def test_a_writer_on_another_machine_is_left_alone_until_told_or_a_day_old(tmp_path: Path) -> None:
     for i in range(2):
-        w = writer(tmp_path)
-        w.add(make_episode(i))
-        assert w._shard is not None and w._lock is not None
-        lock = w._lock.path
-        w._shard.abandon()
-        w._lock._file.close()                                # as another machine's lock looks where locks are local
-        lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "locked": True}))
+        gone_elsewhere(tmp_path, i)
     assert len(salvage(tmp_path).alive) == 2
     old = sorted((tmp_path / "data" / "shards").glob("*.tmp"))[0]
     os.utime(old, (0, 0))
@@ -258,16 +264,7 @@ def test_a_writer_on_another_machine_is_left_alone_until_told_or_a_day_old(tmp_p
 
 
 def test_a_writer_known_to_be_gone_is_salvaged_alone_wherever_it_was(tmp_path: Path) -> None:
-    gone = []
-    for i in range(2):
-        w = writer(tmp_path)
-        w.add(make_episode(i))
-        assert w._shard is not None and w._lock is not None
-        lock = w._lock.path
-        w._shard.abandon()
-        w._lock._file.close()
-        lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "locked": True}))
-        gone.append(w.name)
+    gone = [gone_elsewhere(tmp_path, i) for i in range(2)]
     done = salvage(tmp_path, writer=gone[1])
     assert (done.episodes, done.alive) == (1, ()) and TrajectoryDataset(tmp_path)[0].attributes["seed"] == 1
     assert len(list((tmp_path / "data" / "shards").glob(f"{gone[0]}*"))) == 2        # shard and lock

@@ -216,14 +216,18 @@ def test_layer_kinds_of_the_transformer_can_be_told_by_name() -> None:
     assert kinds["head.weight"] == "head"
 
 
-def test_the_transformer_sees_no_future() -> None:
-    model = make_workload("source_lm", 0, width=32).model
+def sees_no_future(model: nn.Module) -> None:
+    """What comes at a place changes nothing before it."""
     symbols = torch.zeros(1, 16, dtype=torch.long)
     changed = symbols.clone()
     changed[0, 10:] = 5
     with torch.no_grad():
         assert torch.equal(model(symbols)[0, :10], model(changed)[0, :10])
         assert not torch.equal(model(symbols)[0, 10:], model(changed)[0, 10:])
+
+
+def test_the_transformer_sees_no_future() -> None:
+    sees_no_future(make_workload("source_lm", 0, width=32).model)
 
 
 def test_the_vocabulary_is_the_same_on_every_machine() -> None:
