@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"{sys.executable} is Python {v[0]}.{v[1]}; MANGO needs 3.11 to 3.13: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
 	@echo "setting up $(VENV) with $(PYTHON) (a few minutes the first time)"
 	@"$(PYTHON)" -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install -qq --progress-bar off -c constraints.txt -e ".[train,dev]"
+	@$(BIN)/python -m pip install -qq --progress-bar off -c constraints.txt -e ".[train,hub,dev]"
 	@touch $@
 
 demo: $(READY)       ## collect, learn, freeze, plug in, compare: at most 10 minutes on 2 cores; writes demo.json

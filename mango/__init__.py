@@ -1,5 +1,6 @@
 """MANGO: an optimizer that stores its state compressed, layer by layer as a policy decides, inside a hard byte budget."""
 
+from mango.allocators import ErrorConstrainedPolicy, SensitivityPolicy
 from mango.codecs import CODECS, Encoded
 from mango.config import FULL, KNOBS, KNOBS_VERSION, LADDER, CompressionConfig, Ladder
 from mango.networks import CompressionPolicyNet, PolicyNetwork
@@ -32,6 +33,7 @@ __all__ = [
     "CompressionPolicyNet",
     "Decision",
     "Encoded",
+    "ErrorConstrainedPolicy",
     "FixedCompressionPolicy",
     "FixedPolicy",
     "HoldPolicy",
@@ -39,6 +41,7 @@ __all__ = [
     "PolicyNetwork",
     "RandomPolicy",
     "ScheduledPolicy",
+    "SensitivityPolicy",
     "WaterFillingPolicy",
     "freeze",
     "load_policy",

@@ -223,7 +223,10 @@ class MANGO(Budgeted):
         if self.allocator.fits(wanted):
             return wanted
         self.check_fixed(wanted)
-        scores = WaterFillingPolicy(ladder=self.ladder).scores(self.observe(wanted))
+        observation = self.observe(wanted)
+        scores = self._ask(observation) if isinstance(self.policy, ScoringPolicy) else None
+        if scores is None:
+            scores = WaterFillingPolicy(ladder=self.ladder).scores(observation)
         return self.allocator.resolve(scores, wanted, self.observe)
 
     @overload

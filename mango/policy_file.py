@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mango.config import KNOBS, KNOBS_VERSION, LADDER, Ladder
 from mango.features import FEATURE_DIM, FEATURES, SCHEMA_HASH
+from mango.hub import PICKLES, fetch, is_on_hub
 from mango.networks import PolicyNetwork, PolicyOutput
 from mango.trunks import State
 
@@ -165,7 +166,7 @@ def freeze(
 
 
 def load_policy(name_or_path: str | Path, *, ladder: Ladder = LADDER) -> FrozenPolicy:
-    """The policy of a shipped name or of a `.safetensors` file, checked and ready to act.
+    """The policy of a shipped name, of a `.safetensors` file, or of the Hub (`hf://owner/name`), checked and ready to act.
 
     `ladder` is the one that the optimizer uses: a policy that scores rungs is refused where its own differs. A file that is
     corrupt, of another format, schema or menu, or that would have to be unpickled (SB3 zip, d3rlpy .d3, torch .pt) is a
@@ -196,9 +197,11 @@ def _find(name_or_path: str | Path) -> Path:
     name = os.fspath(name_or_path)
     if name in shipped_policies():
         return policy_dir() / f"{name}.safetensors"
+    if is_on_hub(name):
+        return fetch(name)
     if not Path(name).is_file():
         shipped = ", ".join(shipped_policies()) or "none yet"
-        raise ValueError(f"unknown policy {name!r}: it is no file, and the shipped policies are: {shipped}")
+        raise ValueError(f"unknown policy {name!r}: no file, no hf://owner/name, and the shipped policies are: {shipped}")
     return Path(name)
 
 
@@ -207,7 +210,7 @@ def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
     is_pickle = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:9] != b"{"
-    if start[:2] == b"PK" or is_pickle or path.suffix in (".zip", ".d3", ".pt", ".pth", ".pkl", ".pickle"):
+    if start[:2] == b"PK" or is_pickle or path.suffix in PICKLES:
         raise ValueError(
             f"{path} is no safetensors file but one that runs code when loaded (SB3 zip, d3rlpy .d3 or pickle): if you trust "
             f"who made it, convert it with `mango freeze --from {path} --trust-pickle` (trust_pickle=True) and load the result"

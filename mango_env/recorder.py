@@ -30,7 +30,7 @@ from mango_env.interrupts import interrupts_held
 from mango_env.reward import Reward, RewardTerms
 from mango_env.run import TrainingRun, whole_number
 from mango_env.store import TrajectoryWriter
-from mango_env.twin import score, twin_of
+from mango_env.twin import Twin, score, twin_of
 
 Attributes = dict[str, str | int | float | bool]
 
@@ -162,12 +162,13 @@ def record_run(
         peak = max(peak, interval.state_bytes_peak)
         track.outcome(score(reward, interval, twin), interval.loss, interval.bytes)
     error: str | None = None if not len(track) else interval.error
-    episodes = [] if not len(track) else track.episodes(run.observe(), run.done, facts(run, name, run_id, reward))
+    evaluation, problem = run.evaluate_or_error()
+    shared = facts(run, name, run_id, reward) | held_out(evaluation, twin, run.done and not run.diverged)
+    episodes = [] if not len(track) else track.episodes(run.observe(), run.done, shared)
     if writer is not None:
         with interrupts_held():                              # all layers of a run or none
             for episode in episodes:
                 writer.add(episode)
-    evaluation, problem = run.evaluate_or_error()
     return RunSummary(
         run_id=run_id,
         workload=run.workload_name,
@@ -184,6 +185,13 @@ def record_run(
         evaluation=evaluation,
         seconds=time.perf_counter() - began,
     )
+
+
+def held_out(evaluation: Mapping[str, float], twin: Twin | None, whole: bool) -> Attributes:
+    """`val_loss` at the end of a whole run, and `val_loss_full`, its twin's; those that are known and finite."""
+    found = {"val_loss": evaluation, "val_loss_full": {} if twin is None else twin.evaluation}
+    losses = {name: measures.get("val_loss", math.nan) for name, measures in found.items() if whole}
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
 
 def choose(policy: Any, run: TrainingRun, observation: NDArray[np.float32]) -> Any:
@@ -222,6 +230,7 @@ def facts(run: TrainingRun, policy: str, run_id: str, reward: Reward) -> Attribu
         "interval": run.interval,
         "lr": run.lr,
         "rule": run.rule,
+        "matrix_lr_scale": float(run.hyper.get("matrix_lr_scale", 1.0)),
         "schedule": run.schedule,
         "reward": reward.to_json(),
         "mango_version": mango.__version__,

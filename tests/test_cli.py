@@ -211,10 +211,14 @@ def test_the_stages_train_through_the_command_and_end_in_a_frozen_policy(store: 
 
 def test_inspect_shows_a_policy_and_what_it_does(tmp_path: Path) -> None:
     path = freeze(PolicyNetwork(seed=3), tmp_path / "fresh.safetensors", card={"licence": "MIT"})
-    done = inside("inspect", str(path), "--workload", "digits_mlp", "--steps", "40")
+    words = ["inspect", str(path), *"--workload digits_mlp --steps 40 --depth 2 --json".split(), str(tmp_path / "told.json")]
+    done = inside(*words)
     assert done.exit_code == 0, done.output
-    for text in ("fresh", "licence", "Decisions on digits_mlp", "What it listens to", "phases"):
+    for text in ("fresh", "licence", "Decisions on digits_mlp", "What it listens to", "Decisions by third", "Decisions by phase",
+                 "The policy as a decision tree", "applied under the budget"):  # fmt: skip
         assert text in done.stdout
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["tree"]["depth"] == 2 and told["tree"]["rules"][0] in done.stdout
 
 
 def test_an_unknown_hyper_parameter_is_named(store: Path, tmp_path: Path) -> None:

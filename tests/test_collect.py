@@ -22,7 +22,8 @@ from mango_env.recorder import record_run
 from mango_env.reward import Reward
 from mango_env.run import TrainingRun
 from tests.tiny_workload import tiny
-from train_policy.collect import CollectArgs, ExploringPolicy, RandomKnobsPolicy, behaviours, collect
+from train_policy.behaviours import ExploringPolicy, RandomKnobsPolicy, behaviours
+from train_policy.collect import CollectArgs, collect
 from train_policy.oracle import OraclePolicy, affordable
 
 ARGS = CollectArgs(horizon=6, interval=3, reward=Reward(loss="raw"))

@@ -13,8 +13,10 @@ from mango.policies import FixedPolicy
 from mango.policy_file import freeze
 from tests.tiny_workload import exploding, tiny
 from train_policy.evaluate import (
+    HEURISTICS,
     EvaluationArgs,
     EvaluationRow,
+    against_best_fixed,
     best_fixed,
     evaluate,
     policy_of,
@@ -26,7 +28,7 @@ from train_policy.gate import decide
 
 REQUIRED = {
     "policy", "workload", "seed", "budget_bytes", "state_bytes_peak", "val_loss", "val_loss_adamw", "step_time_ratio",
-    "decisions",
+    "decisions", "val_loss_full",
 }  # fmt: skip
 ARGS = EvaluationArgs(horizon=12, interval=4)
 TINY = "tests.tiny_workload:tiny"
@@ -40,15 +42,14 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(frozen: Path) -> list[EvaluationRow]:
     fixed = ["fixed:full", f"fixed:{LADDER.index('m8v8')}", "fixed:m4v0"]
-    specs = ["adamw", *fixed, "random", "water-filling", "adaptive", "scheduled", str(frozen)]
+    specs = ["adamw", *fixed, *HEURISTICS, str(frozen)]
     return evaluate(specs, TINY, [0.5, 1.5], 2, ARGS)
 
 
 def test_every_kind_of_policy_has_a_row_per_budget_and_seed(rows: list[EvaluationRow]) -> None:
-    assert len(rows) == 2 + 8 * 2 * 2
+    assert len(rows) == 2 + 10 * 2 * 2
     names = list(dict.fromkeys(row.policy for row in rows))
-    heuristics = ["random", "water-filling", "adaptive", "scheduled"]
-    assert names == ["adamw", "fixed:full", "fixed:m8v8", "fixed:m4v0", *heuristics, "mine"]
+    assert names == ["adamw", "fixed:full", "fixed:m8v8", "fixed:m4v0", *HEURISTICS, "mine"]
     plain = json.loads(json.dumps([row.to_dict() for row in rows], allow_nan=False))
     assert all(set(row) >= REQUIRED for row in plain)
 
@@ -79,6 +80,42 @@ def test_full_precision_is_paired_with_adamw_to_rounding(rows: list[EvaluationRo
         assert row.val_loss == pytest.approx(row.val_loss_adamw, rel=1e-4)
 
 
+def test_full_precision_of_the_same_rule_is_the_second_reference(rows: list[EvaluationRow]) -> None:
+    """MANGO's own full precision is its own reference to the last bit; AdamW's row is one only where AdamW is the rule."""
+    for row in rows:
+        assert row.val_loss_full is not None and row.val_loss_full == pytest.approx(row.val_loss_adamw, rel=1e-4)
+        assert (row.gap_full is None) == (row.val_loss is None)
+        if row.policy in ("adamw", "fixed:full") and row.fits:
+            assert row.gap_full == 0
+    args = replace(ARGS, rule="muon", horizon=24, matrix_lr_scale=4.0)
+    adamw, full, coarse = evaluate(["adamw", "fixed:full", "fixed:m4v0"], TINY, 1.5, [0], args)
+    assert adamw.val_loss_full is None and adamw.gap_full is None and adamw.gap == 0
+    assert full.gap_full == 0 and full.gap is not None and abs(full.gap) > 0.1
+    assert coarse.val_loss_full == full.val_loss and coarse.gap_full is not None and abs(coarse.gap_full) < abs(full.gap)
+    (unfit,) = evaluate("fixed:full", TINY, 0.3, [0], args)
+    assert (unfit.val_loss_full, unfit.gap_full) == (full.val_loss, None)
+
+
+def test_muon_s_rate_reaches_the_runs_and_their_reference() -> None:
+    slow, fast = (
+        evaluate("fixed:m8v8", TINY, 1.5, [0], replace(ARGS, rule="muon", matrix_lr_scale=scale))[0] for scale in (1.0, 4.0)
+    )
+    assert slow.val_loss != fast.val_loss and slow.val_loss_full != fast.val_loss_full
+    assert slow.val_loss_adamw == fast.val_loss_adamw
+    with pytest.raises(ValueError, match="matrix_lr_scale"):
+        evaluate("fixed:m8v8", TINY, 1.5, [0], replace(ARGS, rule="muon", matrix_lr_scale=0.0))
+
+
+def test_rows_of_before_there_was_a_second_reference_still_load(rows: list[EvaluationRow]) -> None:
+    old = [{k: v for k, v in row.to_dict().items() if k not in ("val_loss_full", "diverged")} for row in rows]
+    loaded = [EvaluationRow(**row) for row in old]
+    assert all(row.gap_full is None for row in loaded)
+    assert {(line.gap_full, line.gap_full_low) for line in summary(loaded)} == {(None, None)}
+    assert [line.gap for line in summary(loaded)] == [line.gap for line in summary(rows)]
+    (line,) = against_best_fixed([row for row in loaded if row.budget == 1.5], "adaptive")
+    assert (line.differences, line.failed, line.mean, line.low) == ([], 2, None, None)
+
+
 def test_decisions_are_what_was_in_force(rows: list[EvaluationRow]) -> None:
     for row in rows:
         if row.policy == "fixed:m8v8" and row.fits:
@@ -103,6 +140,7 @@ def test_a_diverged_run_is_a_row_and_not_an_error() -> None:
     assert json.dumps(row.to_dict(), allow_nan=False)
     (line,) = summary([row])
     assert (line.seeds, line.failed, line.gap) == (0, 1, None)
+    assert row.val_loss_full is None and line.gap_full is None
 
 
 def test_the_summary_is_over_seeds_with_an_interval(rows: list[EvaluationRow]) -> None:
@@ -112,6 +150,9 @@ def test_the_summary_is_over_seeds_with_an_interval(rows: list[EvaluationRow]) -
     assert adaptive.seeds == 2 and adaptive.gap == pytest.approx(sum(row.gap or 0 for row in mine) / 2)
     assert adaptive.gap_low is not None and adaptive.gap is not None and adaptive.gap_low <= adaptive.gap
     assert lines["adamw", 1.0].gap == 0 and lines["fixed:full", 0.5].failed == 2
+    assert adaptive.gap_full == pytest.approx(sum(row.gap_full or 0 for row in mine) / 2)
+    assert adaptive.gap_full_low is not None and adaptive.gap_full_high is not None
+    assert adaptive.gap_full_low <= adaptive.gap_full <= adaptive.gap_full_high  # type: ignore[operator]
 
 
 def test_the_best_fixed_rung_is_the_best_that_fits(rows: list[EvaluationRow]) -> None:
@@ -119,6 +160,24 @@ def test_the_best_fixed_rung_is_the_best_that_fits(rows: list[EvaluationRow]) ->
     assert best_fixed(rows, TINY, 0.5) in fitting
     assert best_fixed(rows, TINY, 1.5) in fitting | {"fixed:full"}
     assert best_fixed(rows, "another", 0.5) is None
+
+
+def made(policy: str, seed: int, loss: float | None, budget: float = 0.5) -> EvaluationRow:
+    status = "ok" if loss else "diverged"
+    return EvaluationRow(policy, "w", seed, 100, 90, loss, 1.0, None, [], budget, status, True, True, None, None, 12, "", 1.0)
+
+
+def test_a_policy_is_compared_seed_by_seed_with_the_best_fixed_rung_of_its_budget() -> None:
+    rows = [made("fixed:a", seed, 1.2) for seed in range(3)] + [made("fixed:b", seed, 1.1 + seed / 100) for seed in range(3)]
+    rows += [made("mine", 0, 1.05), made("mine", 1, 1.1), made("mine", 2, None), made("mine", 3, 1.0)]
+    rows += [made("fixed:a", 0, 1.1, budget=0.25), made("mine", 0, 1.2, 0.25), made("mine", 0, 1.2, 0.125)]
+    half, quarter, eighth = against_best_fixed(rows, "mine")
+    assert (half.workload, half.budget, half.rung, half.seeds, half.failed) == ("w", 0.5, "fixed:b", [0, 1], 2)
+    assert half.differences == pytest.approx([-5, -1]) and half.mean == pytest.approx(-3)
+    assert half.low is not None and half.high is not None and half.low < -3 < half.high
+    assert quarter.rung == "fixed:a" and quarter.differences == pytest.approx([10]) and quarter.low is None
+    assert (eighth.rung, eighth.differences, eighth.failed) == (None, [], 1)
+    assert json.dumps(half.to_dict(), allow_nan=False)
 
 
 def test_a_sabotaged_policy_does_not_pass_the_gate() -> None:

@@ -17,11 +17,12 @@ PROGRAMS = ("trajectories", "deploy", "experiments", "benchmarks", "main")
 BASE = {"torch", "numpy", "safetensors"}
 ENV = BASE | {"gymnasium", "h5py", "mango"}
 HEAVY = {"d3rlpy", "stable_baselines3", "sb3_contrib", "minari", "plotly", "sklearn", "PIL", "yaml", "gym", "gym_notices", "ray"}
+HUB = {"huggingface_hub"}
 
 # floor -> what its modules may import when they are loaded, and what further a function may import when it is called
 LOADED = {"mango": BASE, "mango_env": ENV, "train_policy": ENV | {"mango_env", "typer", "rich", "click"}}
 CALLED = {
-    "mango": BASE | {"triton"},
+    "mango": BASE | HUB | {"triton"},
     "mango_env": ENV | {"sklearn", "PIL", "minari", "d3rlpy", "stable_baselines3"},
     "train_policy": LOADED["train_policy"] | HEAVY,
 }
@@ -186,7 +187,7 @@ def pulled_in_by(statement: str) -> set[str]:
 
 
 def test_import_mango_needs_torch_numpy_and_safetensors_alone() -> None:
-    not_needed = HEAVY | {"gymnasium", "h5py", "typer", "rich", "triton", "mango_env", "train_policy"}
+    not_needed = HEAVY | HUB | {"gymnasium", "h5py", "typer", "rich", "triton", "mango_env", "train_policy"}
     assert pulled_in_by("import mango") & not_needed == set()
 
 

@@ -1,23 +1,15 @@
-"""Promises about reports, studies and `mango inspect`: every number is of a real run, and the page needs nothing else."""
+"""Promises about reports and studies: every number is of a real run, and the page needs nothing else."""
 
 import csv
 import json
 import math
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from mango.config import LADDER
-from mango.networks import PolicyNetwork
-from mango.policies import feature, phases
-from mango.policy_file import FrozenPolicy
-from train_policy.inspection import inspect_policy, phase_separation, probe, sensitivity, silhouette
 from train_policy.report import report_file
 from train_policy.report_data import Curve, Result, points, read_result, traces, write_csv
 from train_policy.report_page import page
@@ -155,46 +147,3 @@ def test_csv_rows_leave_out_nested_columns(tmp_path: Path) -> None:
     first, second, third = path.read_text().splitlines()
     assert first == "policy,workload,seed,budget_bytes,state_bytes_peak,val_loss,val_loss_adamw,note"
     assert (second, third) == ("a,w,0,1000,10,1.0,1.0,", "b,w,0,1000,11,,1.0,x")
-
-
-class Wired(FrozenPolicy):
-    """A frozen policy whose scores are a given function of the observation."""
-
-    def __init__(self, answer: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__(PolicyNetwork(seed=1), name="wired")
-        self.scores = answer
-
-
-def test_inspect_finds_the_one_feature_that_a_policy_listens_to() -> None:
-    slope = torch.linspace(1, -1, len(LADDER))
-    found = inspect_policy(Wired(lambda obs: feature(obs, "progress")[:, None] * slope), "digits_mlp", steps=40, budget=2.0)
-    assert next(iter(found["sensitivity"])) == "progress"
-    assert all(value == 0 for name, value in found["sensitivity"].items() if name != "progress")
-    assert len(found["probe"]["rungs"]) == len(found["probe"]["losses"]) == 4
-    assert json.loads(json.dumps(found))["name"] == "wired"
-
-
-def test_c18_phases_that_decisions_follow_are_found_separable() -> None:
-    by_phase = torch.eye(len(LADDER))[[LADDER.index(rung) for rung in ("full", "m8v8", "m4v0")]]
-    seen = probe(Wired(lambda obs: by_phase[phases(obs)]), "digits_mlp", steps=100, budget=2.0)
-    found = phase_separation(seen)
-    assert found["silhouette"] > 0 and found["verdict"] == "phases are separable"
-    assert {"early", "middle"} <= set(found["by_phase"])
-
-
-def test_c18_phases_that_decisions_do_not_tell_apart_are_reported_as_such() -> None:
-    constant = FrozenPolicy(PolicyNetwork(seed=0))
-    with torch.no_grad():
-        constant.network.rung_head.weight.zero_()
-        constant.network.rung_head.bias.copy_(torch.eye(len(constant.ladder))[7])
-    seen = probe(constant, "digits_mlp", steps=60, budget=2.0)
-    assert set(sensitivity(constant, seen).values()) == {0.0}
-    assert phase_separation(seen)["verdict"] == "phases are not separable in this policy's decisions"
-
-
-def test_the_silhouette_agrees_with_scikit_learn() -> None:
-    from sklearn.metrics import silhouette_score
-
-    rng = np.random.default_rng(0)
-    cloud, labels = rng.normal(size=(40, 3)), rng.integers(3, size=40)
-    assert silhouette(cloud, labels) == pytest.approx(silhouette_score(cloud, labels, metric="manhattan"))

@@ -67,7 +67,7 @@ def demo(
 @app.command()
 @guarded
 def evaluate(
-    policy: Annotated[list[str], typer.Option(help="adamw, fixed:RUNG, fixed (every rung), a heuristic, a name, a path")],
+    policy: Annotated[list[str], typer.Option(help="adamw, fixed:RUNG, fixed (all), a heuristic, a name, a path, hf://...")],
     workload: Annotated[list[str], typer.Option(help="a name or module:function; repeatable")],
     budgets: Annotated[str, typer.Option(help="comma-separated: fractions of AdamW's state, 64KiB, bytes")] = "0.25",
     seeds: Annotated[int, typer.Option(help="runs per policy, workload and budget")] = 3,
@@ -77,18 +77,21 @@ def evaluate(
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
     rule: RuleOption = "adamw",
     schedule: ScheduleOption = "constant",
+    matrix_lr_scale: Annotated[float, typer.Option(help="Muon's rate over the learning rate, for the matrices it moves")] = 1.0,
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Train under budgets with each policy, beside torch.optim.AdamW on the same seeds."""
-    from train_policy.collect import behaviours
+    """Train under budgets with each policy, beside torch.optim.AdamW and the rule at full precision on the same seeds."""
+    from train_policy.behaviours import behaviours
     from train_policy.evaluate import EvaluationArgs
     from train_policy.evaluate import evaluate as measure
 
     check_rule(rule)
     specs = [spec for given in policy for spec in given.split(",") if spec]
     specs = list(dict.fromkeys(behaviours(specs)))
-    args = EvaluationArgs(horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule)
+    args = EvaluationArgs(
+        horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, matrix_lr_scale=matrix_lr_scale
+    )
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     rows = measure(specs, workload, sizes, draws, args, workers=workers, progress=err_console.is_terminal)
     emit(json, [row.to_dict() for row in rows], lambda: print_evaluation(rows))
@@ -108,14 +111,16 @@ def judge(rows: list[Any]) -> None:
 def print_evaluation(rows: list[Any]) -> None:
     from train_policy.evaluate import summary
 
-    columns = ("policy", "workload", "budget", "peak bytes", "val loss", "gap %", "95 % interval", "step time", "note")
+    columns = ("policy", "workload", "budget", "peak bytes", "val loss", "gap %", "95 % interval", "full gap %", "95 % interval",
+               "step time", "note")  # fmt: skip
     body = []
     for row in summary(rows):
         interval = "" if row.gap_low is None else f"{row.gap_low:+.1f} .. {row.gap_high:+.1f}"
+        full = "" if row.gap_full_low is None else f"{row.gap_full_low:+.1f} .. {row.gap_full_high:+.1f}"
         note = f"{row.failed} diverged or did not fit" if row.failed else "" if row.within_budget else "over budget"
         body.append((row.policy, row.workload, str(row.budget), row.state_bytes_peak, row.val_loss,
-                     row.gap, interval, row.step_time_ratio, note))  # fmt: skip
-    caption = "gap: held-out loss above AdamW's; step time: over AdamW's"
+                     row.gap, interval, row.gap_full, full, row.step_time_ratio, note))  # fmt: skip
+    caption = "gap: held-out loss above AdamW's; full gap: above the same rule's at full precision; step time: over AdamW's"
     print_table("Held-out loss under a byte budget (mean over seeds)", columns, body, caption)
 
 
@@ -129,32 +134,45 @@ def freeze(
     description: Annotated[str, typer.Option(help="one line for the card")] = "",
     licence: Annotated[str, typer.Option(help="licence of the policy")] = "MIT",
     trust_pickle: Annotated[bool, typer.Option(help="load a .zip or .d3 although it runs code of its author")] = False,
+    push: Annotated[str | None, typer.Option(help="owner/name on the Hugging Face Hub: upload file, card and README")] = None,
+    private: Annotated[bool, typer.Option("--private", help="with --push: the repository is a private one")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Turn a checkpoint into a frozen policy file that runs anywhere with torch alone."""
+    """Turn a checkpoint into a frozen policy file that runs anywhere with torch alone, and publish it on demand."""
+    from train_policy import publishing
     from train_policy.freezing import freeze_checkpoint
 
+    if push is None and private:
+        raise ValueError("--private says how to --push; give --push owner/name too")
+    repo = None if push is None else publishing.repository(push)          # what is missing is said before anything is made
     path, card = freeze_checkpoint(
         source, out, evaluation=evaluation, data=data, description=description, licence=licence, trust_pickle=trust_pickle
     )
-    emit(json, {"path": str(path), "card": card}, lambda: console.print(f"wrote {path} and {path.with_suffix('.json')}"))
+    written = [f"wrote {path} and {path.with_suffix('.json')}"]
+    result: dict[str, Any] = {"path": str(path), "card": card}
+    if repo is not None:
+        page, commit = publishing.push(path, repo, private=private)
+        result |= {"page": page, "commit": commit}
+        written.append(f"pushed to {page}; load it as hf://{repo}/{path.stem}, or hf://{repo}@{commit}/{path.stem} for good")
+    emit(json, result, lambda: console.print("\n".join(written), soft_wrap=True))
 
 
 @app.command()
 @guarded
 def inspect(
-    policy: Annotated[str, typer.Argument(help="a shipped name or the path of a frozen policy")],
+    policy: Annotated[str, typer.Argument(help="a shipped name, the path of a frozen policy, or hf://owner/name")],
     workload: Annotated[str, typer.Option(help="the run that it decides for us to watch")] = "source_lm",
     steps: StepsOption = None,
     budget: Annotated[str, typer.Option(help="a fraction of AdamW's state, a size, or bytes")] = "0.25",
+    depth: Annotated[int, typer.Option(help="questions on the way to a leaf of its decision tree, at most")] = 4,
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
-    """What a policy is, what it decides during a run, which features move it, and whether its phases differ."""
+    """What a policy is, what it decides during a run, what moves it, its phases, and the policy as a small decision tree."""
     from mango.policy_file import load_policy
     from train_policy.inspection import inspect_policy
 
-    found = inspect_policy(load_policy(policy), workload, seed=seed, steps=steps, budget=parse_budget(budget))
+    found = inspect_policy(load_policy(policy), workload, seed=seed, steps=steps, budget=parse_budget(budget), depth=depth)
     emit(json, found, lambda: print_inspection(found))
 
 
@@ -171,10 +189,30 @@ def print_inspection(found: dict[str, Any]) -> None:
     print_table(title, columns, [(name, *(probe["rungs"][t][i] for t in moments)) for i, name in enumerate(probe["layers"])])
     listened = [(name, value) for name, value in list(found["sensitivity"].items())[:12]]
     print_table("What it listens to (change of its scores per spread of a feature)", ("feature", "change"), listened)
-    phases = found["phase_separation"]
-    rows = [(phase, ", ".join(f"{r} {share:.0%}" for r, share in shares.items())) for phase, shares in phases["by_phase"].items()]
-    score = "" if phases["silhouette"] is None else f" (silhouette {phases['silhouette']:+.2f})"
-    print_table("Decisions by phase", ("phase", "rungs"), rows, caption=phases["verdict"] + score)
+    for name, phases in found["phase_separation"].items():
+        by_label = phases["by_label"].items()
+        rows = [(label, ", ".join(f"{r} {share:.0%}" for r, share in shares.items())) for label, shares in by_label]
+        score = "" if phases["silhouette"] is None else f" (silhouette {phases['silhouette']:+.2f})"
+        title = "Decisions by third of the run" if name == "thirds" else "Decisions by phase"
+        print_table(title, ("when", "rungs"), rows, caption=phases["verdict"] + score)
+    print_tree(found["tree"])
+
+
+def print_tree(tree: dict[str, Any]) -> None:
+    console.print("The policy as a decision tree", style="italic", highlight=False)
+    for line in tree["rules"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    same, loss = tree["fidelity"], tree["val_loss"]
+    rows = [
+        ("best-scored rung", f"{same['preferred']:.1%}", f"{same['preferred_constant']:.1%}", same["preferred_constant_rung"]),
+        ("applied under the budget", f"{same['applied']:.1%}", f"{same['applied_constant']:.1%}", same["applied_constant_rung"]),
+    ]
+    caption = (
+        f"{same['decisions']} decisions of a run that the tree has not seen (seed {tree['held_out_seed']}). One table of "
+        f"scores for all layers agrees under the budget in {same['applied_mean_scores']:.1%}.\n"
+        f"Held-out loss of that run: {loss['policy']:.4f} decided by the policy, {loss['tree']:.4f} by the tree."
+    )
+    print_table("Decisions equal to the policy's", ("decision", "tree", "constant", "which is"), rows, caption)
 
 
 @app.command()

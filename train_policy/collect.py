@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
@@ -21,12 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from mango.config import LADDER, CompressionConfig
-from mango.policies import Choice, RandomPolicy, ScoringPolicy, random_action
-from mango.policy_choice import proposals
 from mango_env.interrupts import interrupted_once, interrupts_held
 from mango_env.recorder import RunSummary, record_run
 from mango_env.reward import Reward
@@ -34,12 +28,9 @@ from mango_env.run import DEFAULT_INTERVAL, TrainingRun
 from mango_env.store import TrajectoryWriter, finalize
 from mango_env.workloads import workload_name
 from mango_env.workloads.base import WorkloadBuilder
-from train_policy.evaluate import Budget, listed, policy_of, spec_name
+from train_policy.behaviours import behaviour_name, behaviour_of, behaviours
+from train_policy.evaluate import Budget, listed
 from train_policy.fitting import progress_line
-from train_policy.oracle import OraclePolicy
-
-EXPLORE = 0.3                                            # of a layer's decisions are random under "explore:SPEC"
-FAVOUR = 1e6                                             # score of a rung to be tried: above anything a policy says
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +42,7 @@ class CollectArgs:
     lr: float | None = None                              # None: the workload's own
     rule: str = "adamw"                                  # base rule of the optimizer
     schedule: str = "constant"                           # of the learning rate
+    matrix_lr_scale: float = 1.0                         # Muon's rate over `lr`, for the matrices that it moves
     reward: Reward = Reward()
     seed: int = 0                                        # of the behaviours; runs have seeds of their own
 
@@ -88,98 +80,6 @@ class Job:
 
 # Records jobs into the store at a root, for a task, by so many workers.
 Recorder = Callable[[Sequence[Job], Path, str, int], Generator[RunSummary, None, None]]
-
-
-class ExploringPolicy:
-    """Another policy, of whose decisions a share `epsilon` is replaced, per layer, by a rung drawn uniformly.
-
-    It shows what happens around a good policy, which the policy itself never does. `logp` (L,) are the log probabilities
-    of its last proposals, the inner policy taken as deterministic.
-    """
-
-    def __init__(self, inner: Any, epsilon: float = EXPLORE, seed: int = 0, name: str = "explore") -> None:
-        if not 0 < epsilon <= 1:
-            raise ValueError(f"epsilon={epsilon} is not a probability in (0, 1]")
-        self.inner, self.epsilon, self.name = inner, epsilon, name
-        self.generator = torch.Generator().manual_seed(seed)
-        self.logp: NDArray[np.float32] | None = None
-
-    def reset(self) -> None:
-        self.inner.reset()
-
-    def act(self, obs: Tensor) -> Choice:
-        """Rung scores (L, R) where the inner policy scores, else a config per layer."""
-        layers, rungs = len(obs), len(LADDER)
-        explored = torch.rand(layers, generator=self.generator) < self.epsilon
-        drawn = torch.randint(rungs, (layers,), generator=self.generator)
-        if isinstance(self.inner, ScoringPolicy):
-            scores = self.inner.scores(obs).double()
-            usual = scores.argmax(1)
-            scores[explored] = torch.nn.functional.one_hot(drawn[explored], rungs).double() * FAVOUR
-            self._note(torch.where(explored, drawn, usual) == usual)
-            return scores
-        choice = self.inner.act(obs)
-        if choice is None:
-            return None
-        configs = proposals(choice, layers)
-        tried = [LADDER[int(rung)] if at else config for rung, at, config in zip(drawn, explored, configs, strict=True)]
-        self._note(torch.tensor([a == b for a, b in zip(tried, configs, strict=True)]))
-        return tried
-
-    def _note(self, usual: Tensor) -> None:
-        uniform = self.epsilon / len(LADDER)
-        self.logp = np.log(np.where(usual.numpy(), 1 - self.epsilon + uniform, uniform)).astype(np.float32)
-
-
-class RandomKnobsPolicy:
-    """Uniform knob indices per layer, each kept for a geometric number of decisions: data for the knobs head."""
-
-    name = "random-knobs"
-
-    def __init__(self, seed: int = 0, persistence: float = 0.8) -> None:
-        if not 0 <= persistence < 1:
-            raise ValueError(f"persistence={persistence} is not a probability in [0, 1)")
-        self.persistence = persistence
-        self.generator = torch.Generator().manual_seed(seed)
-        self._actions: Tensor | None = None
-
-    def reset(self) -> None:
-        self._actions = None
-
-    def act(self, obs: Tensor) -> list[CompressionConfig]:
-        drawn = random_action(len(obs), self.generator)
-        keep = torch.rand(len(obs), 1, generator=self.generator) < self.persistence
-        self._actions = drawn if self._actions is None else torch.where(keep, self._actions, drawn)
-        return proposals(self._actions, len(obs))
-
-
-def behaviours(specs: str | Any | Sequence[str | Any]) -> list[str | Any]:
-    """Specs with "fixed" spelled out as every rung of the ladder."""
-    spelled = [f"fixed:{name}" for name in LADDER.names]
-    return [one for spec in listed(specs) for one in (spelled if isinstance(spec, str) and spec == "fixed" else [spec])]
-
-
-def behaviour_of(spec: str | Any, args: CollectArgs, run_id: str) -> Any:
-    """A fresh behaviour from a spec: what `evaluate` takes, and "oracle", "random-knobs", "explore:SPEC"."""
-    seed = int(np.random.SeedSequence([args.seed, zlib.crc32(run_id.encode())]).generate_state(1)[0])
-    if not isinstance(spec, str):
-        return spec
-    if spec == "oracle":
-        return OraclePolicy(args.reward)
-    if spec == "random":
-        return RandomPolicy(seed=seed)
-    if spec == "random-knobs":
-        return RandomKnobsPolicy(seed=seed)
-    if spec.startswith("explore:"):
-        return ExploringPolicy(policy_of(spec.removeprefix("explore:"), seed), seed=seed, name=behaviour_name(spec))
-    return policy_of(spec, seed)
-
-
-def behaviour_name(spec: str | Any) -> str:
-    """How episodes call a behaviour."""
-    if isinstance(spec, str) and spec.startswith("explore:"):
-        return f"explore:{spec_name(spec.removeprefix('explore:'))}"
-    return spec_name(spec)
 
 
 def collect(
@@ -244,6 +144,7 @@ def run_id(work: str | WorkloadBuilder, spec: str | Any, seed: int, budget: Budg
     """The name of a run: readable, with a hash of everything that it depends on."""
     facts: list[Any] = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr]
     facts += [args.rule, args.seed, args.reward.to_json()] + [args.schedule] * (args.schedule != "constant")
+    facts += [args.matrix_lr_scale] * (args.matrix_lr_scale != 1)
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     return f"{facts[0]}-{facts[1]}-s{seed}-b{budget}-{digest}"
 
@@ -256,7 +157,7 @@ def _check(jobs: Sequence[Job]) -> None:
     for job in jobs:
         name, place = behaviour_name(job.behaviour), f"{workload_name(job.workload)} {job.budget!r}"
         if name not in seen:
-            behaviour_of(job.behaviour, job.args, job.run_id)
+            behaviour_of(job.behaviour, job.run_id, job.args.seed, job.args.reward)
         if place not in seen:
             _start(job)
         seen |= {name, place}
@@ -266,7 +167,7 @@ def _start(job: Job) -> TrainingRun:
     a = job.args
     return TrainingRun(
         job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr, rule=a.rule,
-        schedule=a.schedule,
+        schedule=a.schedule, optimizer_options={"matrix_lr_scale": a.matrix_lr_scale} if a.matrix_lr_scale != 1 else None,
     )  # fmt: skip
 
 
@@ -302,7 +203,7 @@ class _MissingOnly:
 
 
 def record_job(job: Job, writer: TrajectoryWriter) -> RunSummary:
-    behaviour = behaviour_of(job.behaviour, job.args, job.run_id)
+    behaviour = behaviour_of(job.behaviour, job.run_id, job.args.seed, job.args.reward)
     target: Any = writer if job.missing is None else _MissingOnly(writer, job.missing)
     return record_run(
         _start(job), behaviour, target, job.args.reward, policy_name=behaviour_name(job.behaviour), run_id=job.run_id

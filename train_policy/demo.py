@@ -265,7 +265,7 @@ def freeze_best(args: DemoArgs, checkpoint: Path, card: dict[str, Any]) -> tuple
 
 def evaluation(args: DemoArgs, policy: Path) -> tuple[list[EvaluationRow], str]:
     """The frozen file beside AdamW, every rung and the heuristics, on seeds that no stage has seen."""
-    from train_policy.collect import behaviours
+    from train_policy.behaviours import behaviours
 
     size, seeds = args.size, [args.seed + i for i in range(args.size.evaluated)]
     specs = behaviours(["adamw", "fixed", *HEURISTICS, policy])

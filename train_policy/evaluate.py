@@ -1,4 +1,4 @@
-"""How good is a policy? Paired training runs under a byte budget, beside torch.optim.AdamW on the same seeds.
+"""How good is a policy? Paired training runs under a byte budget, beside torch.optim.AdamW and full precision on the same seeds.
 
 Policies run as they are deployed: inside the optimizer, which asks them every `interval` steps and cuts what they
 answer to the budget. Nothing is skipped silently: a fixed config that does not fit a budget leaves a row that says so.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,78 +26,40 @@ from mango_env.recorder import name_of
 from mango_env.reward import Reward
 from mango_env.run import DEFAULT_INTERVAL, TrainingRun
 from mango_env.schedules import rate_factor
-from mango_env.twin import score, twin_of
+from mango_env.twin import Twin, score, twin_of
 from mango_env.workloads import workload_name
 from mango_env.workloads.base import WorkloadBuilder
+from train_policy.evaluation_rows import (
+    AgainstFixed,
+    Budget,
+    EvaluationRow,
+    SummaryRow,
+    against_best_fixed,
+    best_fixed,
+    returns_by_run,
+    summary,
+)
 from train_policy.fitting import progress_line
-from train_policy.gate import bootstrap_interval
 from train_policy.seeding import borrowed_rng
 
-Budget = float | int | str
-HEURISTICS = ("random", "water-filling", "adaptive", "scheduled")
+__all__ = [
+    "HEURISTICS",
+    "AgainstFixed",
+    "Budget",
+    "EvaluationArgs",
+    "EvaluationRow",
+    "SummaryRow",
+    "against_best_fixed",
+    "best_fixed",
+    "evaluate",
+    "listed",
+    "policy_of",
+    "returns_by_run",
+    "spec_name",
+    "summary",
+]
+HEURISTICS = ("random", "water-filling", "sensitivity", "error-constrained", "adaptive", "scheduled")
 SHADOW_STEPS = 3                                         # AdamW steps timed per interval, on copies of the parameters
-STATUSES = ("ok", "diverged", "does not fit")
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationRow:
-    """One training run. Losses are None where there is none; bytes are measured."""
-
-    policy: str
-    workload: str
-    seed: int
-    budget_bytes: int
-    state_bytes_peak: int | None
-    val_loss: float | None
-    val_loss_adamw: float | None                         # torch.optim.AdamW, same workload, seed, steps and learning rate
-    step_time_ratio: float | None                        # optimizer step with its decisions over AdamW's, in the same run
-    decisions: list[list[str]]                           # config names in force: one list over layers per decision
-    budget: Budget                                       # as it was asked for
-    status: str                                          # one of STATUSES
-    fits: bool                                           # False: this fixed config needs more than the budget
-    within_budget: bool                                  # measured at every step
-    final_train_loss: float | None                       # mean over the last interval
-    returns: float | None                                # undiscounted, mean over layers
-    horizon: int
-    message: str                                         # why, where status is not "ok"
-
-    @property
-    def diverged(self) -> bool:
-        return self.status == "diverged"
-
-    @property
-    def gap(self) -> float | None:
-        """Validation loss above AdamW's, in per cent of it."""
-        if self.val_loss is None or self.val_loss_adamw is None:
-            return None
-        return 100 * (self.val_loss - self.val_loss_adamw) / max(abs(self.val_loss_adamw), 1e-12)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {**dataclasses.asdict(self), "diverged": self.diverged}
-
-
-@dataclass(frozen=True, slots=True)
-class SummaryRow:
-    """One policy on one workload under one budget, over seeds. Gaps are in per cent of AdamW's validation loss."""
-
-    policy: str
-    workload: str
-    budget: Budget
-    budget_bytes: int
-    seeds: int                                           # runs with a validation loss
-    failed: int                                          # runs without one: diverged or did not fit
-    val_loss: float | None
-    gap: float | None
-    gap_low: float | None                                # bootstrap interval of the mean gap; None below 2 seeds
-    gap_high: float | None
-    state_bytes_peak: int | None
-    within_budget: bool
-    step_time_ratio: float | None
-    returns: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +69,9 @@ class EvaluationArgs:
     horizon: int | None = None                           # optimizer steps; None: the workload's own
     interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
     lr: float | None = None                              # None: the workload's own
-    rule: str = "adamw"                                  # base rule of the policies' runs; the reference is AdamW's
+    rule: str = "adamw"                                  # base rule of the policies' runs and of full precision
     schedule: str = "constant"                           # of the learning rate
+    matrix_lr_scale: float = 1.0                         # Muon's rate over `lr`, for the matrices that it moves
     reward: Reward = dataclasses.field(default_factory=Reward)
 
 
@@ -138,7 +102,7 @@ def policy_of(spec: Any, seed: int = 0) -> Any:
         return RandomPolicy(seed=seed)
     if spec in HEURISTICS:
         return POLICIES[spec]()
-    if spec in shipped_policies() or Path(spec).is_file():
+    if spec in shipped_policies() or spec.startswith("hf://") or Path(spec).is_file():
         return load_policy(spec)
     shipped = ", ".join(shipped_policies()) or "none yet"
     raise ValueError(
@@ -191,63 +155,6 @@ def evaluate(
     return rows
 
 
-def best_fixed(rows: Iterable[EvaluationRow], workload: str, budget: Budget) -> str | None:
-    """The fixed rung with the lowest mean validation loss among those that fitted the budget on every seed; None without one."""
-    found: dict[str, list[float | None]] = {}
-    for row in rows:
-        if row.policy.startswith("fixed:") and row.workload == workload and row.budget == budget:
-            found.setdefault(row.policy, []).append(row.val_loss)
-    means = {name: statistics.fmean(losses) for name, losses in found.items() if all(loss is not None for loss in losses)}  # type: ignore[arg-type]
-    return min(means, key=lambda name: means[name]) if means else None
-
-
-def returns_by_run(rows: Iterable[EvaluationRow]) -> dict[tuple[str, int, int], float]:
-    """Returns per (workload, seed, budget in bytes) of one policy's rows, as the gate pairs them; nan where there is none."""
-    found: dict[tuple[str, int, int], float] = {}
-    for row in rows:
-        key = (row.workload, row.seed, row.budget_bytes)
-        if key in found:
-            raise ValueError(f"two rows for {key}: give the rows of one policy, one budget once")
-        found[key] = math.nan if row.returns is None else row.returns
-    return found
-
-
-def summary(rows: Iterable[EvaluationRow], level: float = 0.95) -> list[SummaryRow]:
-    """One row per policy, workload and budget: mean and bootstrap interval over seeds of the gap to AdamW."""
-    groups: dict[tuple[str, str, str], list[EvaluationRow]] = {}
-    for row in rows:
-        groups.setdefault((row.policy, row.workload, str(row.budget)), []).append(row)
-    return [_summarise(group, level) for group in groups.values()]
-
-
-def _summarise(group: Sequence[EvaluationRow], level: float) -> SummaryRow:
-    gaps = [row.gap for row in group if row.gap is not None]
-    low, high = bootstrap_interval(gaps, level) if len(gaps) >= 2 else (None, None)
-    peaks = [row.state_bytes_peak for row in group if row.state_bytes_peak is not None]
-    first = group[0]
-    return SummaryRow(
-        policy=first.policy,
-        workload=first.workload,
-        budget=first.budget,
-        budget_bytes=first.budget_bytes,
-        seeds=len(gaps),
-        failed=len(group) - len(gaps),
-        val_loss=_mean(row.val_loss for row in group),
-        gap=_mean(gaps),
-        gap_low=low,
-        gap_high=high,
-        state_bytes_peak=max(peaks, default=None),
-        within_budget=all(row.within_budget for row in group),
-        step_time_ratio=_mean(row.step_time_ratio for row in group),
-        returns=_mean(row.returns for row in group),
-    )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
 def listed(value: Any) -> list[Any]:
     """`value` as a list: one of its own if it is no list or tuple."""
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -271,6 +178,7 @@ def _run(work: str | WorkloadBuilder, seed: int, budget: Budget, policy: Any, ar
     return TrainingRun(
         work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, rule=args.rule,
         schedule=args.schedule, policy=policy,
+        optimizer_options={"matrix_lr_scale": args.matrix_lr_scale} if args.matrix_lr_scale != 1 else None,
     )  # fmt: skip
 
 
@@ -284,7 +192,7 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterable[list[EvaluationRo
 
 
 def _evaluate_seed(task: _Task) -> list[EvaluationRow]:
-    baseline = _adamw(task)
+    baseline = _adamw(task.workload, task.seed, task.args)
     rows = [baseline] if "adamw" in task.policies else []
     for spec in task.policies:
         if spec != "adamw":
@@ -292,12 +200,13 @@ def _evaluate_seed(task: _Task) -> list[EvaluationRow]:
     return rows
 
 
-def _adamw(task: _Task) -> EvaluationRow:
+@lru_cache(maxsize=16)
+def _adamw(work: str | WorkloadBuilder, seed: int, args: EvaluationArgs) -> EvaluationRow:
     """The reference: torch.optim.AdamW on the run's own model, data and random numbers."""
-    run = _run(task.workload, task.seed, 4.0, FULL, task.args)     # the budget never binds: MANGO only lends the workload
+    run = _run(work, seed, 4.0, FULL, args)                        # the budget never binds: MANGO only lends the workload
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=run.lr, weight_decay=0.0)
     losses: list[float] = []
-    with borrowed_rng(task.seed):
+    with borrowed_rng(seed):
         torch.set_rng_state(run.snapshot().random[0])              # as MANGO's runs start: dropout and the like are paired
         for step in range(run.horizon):
             optimizer.param_groups[0]["lr"] = run.lr * rate_factor(run.schedule, step, run.horizon)
@@ -308,12 +217,12 @@ def _adamw(task: _Task) -> EvaluationRow:
             losses.append(float(loss.detach()))
     val_loss = run.evaluate()["val_loss"]
     nbytes = run.optimizer.adamw_bytes
-    last = statistics.fmean(losses[-task.args.interval :])
+    last = statistics.fmean(losses[-args.interval :])
     finite = math.isfinite(val_loss) and math.isfinite(last)
     return EvaluationRow(
         policy="adamw",
         workload=run.workload_name,
-        seed=task.seed,
+        seed=seed,
         budget_bytes=nbytes,
         state_bytes_peak=nbytes,
         val_loss=_finite(val_loss),
@@ -328,6 +237,7 @@ def _adamw(task: _Task) -> EvaluationRow:
         returns=None,
         horizon=run.horizon,
         message="" if finite else "AdamW's loss is not finite",
+        val_loss_full=_finite(val_loss) if args.rule == "adamw" else None,
     )
 
 
@@ -338,11 +248,11 @@ def _evaluate_one(task: _Task, spec: Any, budget: Budget, baseline: EvaluationRo
     except ValueError as error:
         if not isinstance(policy, FixedPolicy):
             raise
-        budget_bytes = _run(task.workload, task.seed, budget, "hold", task.args).budget    # raises where nothing would fit
-        return _no_row(spec, task, budget, budget_bytes, baseline, str(error))
+        held = _run(task.workload, task.seed, budget, "hold", task.args)                   # raises where nothing would fit
+        return _no_row(spec, budget, held, baseline, str(error))
     decisions = [[config.name for config in run.optimizer.applied]]
     handle = run.optimizer.register_decision_hook(_log(decisions, run.horizon))
-    twin = twin_of(run) if task.args.reward.loss == "twin" else None
+    twin = twin_of(run)
     stopwatch, ratios, peak, returns = _Stopwatch(run.optimizer), [], run.optimizer.state_bytes(), 0.0
     shadow = _Shadow(run.model)
     while not run.done:
@@ -373,15 +283,21 @@ def _evaluate_one(task: _Task, spec: Any, budget: Budget, baseline: EvaluationRo
         returns=returns,
         horizon=run.horizon,
         message=(interval.error or problem or "the training loss diverged") if failed else "",
+        val_loss_full=_full_loss(twin),
     )
 
 
-def _no_row(spec: Any, task: _Task, budget: Budget, budget_bytes: int, baseline: EvaluationRow, why: str) -> EvaluationRow:
+def _full_loss(twin: Twin) -> float | None:
+    """Held-out loss of the same rule at full precision; None where that run did not reach its end."""
+    return None if twin.error is not None else _finite(twin.evaluation.get("val_loss", math.nan))
+
+
+def _no_row(spec: Any, budget: Budget, run: TrainingRun, baseline: EvaluationRow, why: str) -> EvaluationRow:
     return dataclasses.replace(
         baseline,
         policy=spec_name(spec),
         budget=budget,
-        budget_bytes=budget_bytes,
+        budget_bytes=run.budget,
         state_bytes_peak=None,
         val_loss=None,
         step_time_ratio=None,
@@ -389,6 +305,7 @@ def _no_row(spec: Any, task: _Task, budget: Budget, budget_bytes: int, baseline:
         status="does not fit",
         fits=False,
         message=why,
+        val_loss_full=_full_loss(twin_of(run)),
     )
 
 

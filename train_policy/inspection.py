@@ -2,9 +2,11 @@
 
 The probe is a training run that the policy decides. Sensitivity: how much the scores of the rungs move when one feature
 moves by its own spread in that run, everything else held. Phases: whether decisions differ between early, middle and late.
+The tree: the policy in a few rules, learned from runs beside the probe, and how often it decides as the policy does.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mango.config import LADDER
+from mango.config import LADDER, CompressionConfig
 from mango.features import FEATURES
-from mango.policies import phases
+from mango.policies import Choice, Policy, ScoringPolicy, phases
 from mango.policy_file import FrozenPolicy
 from mango_env.run import TrainingRun
+from train_policy.tree import DEPTH, distil_tree, fidelity, rules
 
 PHASES = ("early", "middle", "converged")
+THIRDS = ("first third", "second third", "last third")
 PROBED = 8                                               # decisions at which every feature is moved
 LEAST_STEP = 0.01                                        # of a feature's range, where it did not vary in the run
+LEARNED_RUNS = 2                                         # that the tree learns from, the probe among them; one more judges it
+TREE_STEPS = 100                                         # at most, of the runs beside the probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +35,25 @@ class Probe:
     """One run decided by the policy."""
 
     workload: str
+    steps: int                                           # optimizer steps that it took
     layers: list[str]                                    # (L,)
+    kinds: list[str]                                     # (L,) kinds of the layers
     observations: list[Tensor]                           # T of (L, 64)
+    answers: list[Tensor]                                # T of scores (L, R) or knob indices (L, K)
     rungs: NDArray[np.int64]                             # (T, L) nearest rungs of what was applied
     phase: NDArray[np.int64]                             # (T, L) indices of PHASES
     losses: list[float]                                  # (T,) mean training loss after each decision
     memory: list[dict[str, Tensor]]                      # T states of the policy before deciding
     val_loss: float
+    allocate: Callable[[Choice, Tensor], list[CompressionConfig]]  # what the run's budget makes of an answer
+
+    def resolve(self, answer: Choice, observation: Tensor) -> NDArray[np.int64]:
+        """The nearest rungs (L,) of what the budget of this run makes of an answer."""
+        return nearest_rungs(self.allocate(answer, observation))
+
+
+def nearest_rungs(configs: Sequence[CompressionConfig]) -> NDArray[np.int64]:
+    return np.array([LADDER.nearest(config) for config in configs], np.int64)
 
 
 def facts(policy: FrozenPolicy) -> dict[str, Any]:
@@ -54,7 +72,7 @@ def facts(policy: FrozenPolicy) -> dict[str, Any]:
 
 
 def probe(
-    policy: FrozenPolicy,
+    policy: Policy | ScoringPolicy,
     workload: str,
     *,
     seed: int = 0,
@@ -65,23 +83,32 @@ def probe(
     """Let the policy decide one training run and keep everything that it saw."""
     policy.reset()
     run = TrainingRun(workload, seed, horizon=steps, interval=interval, memory_budget=budget, policy="hold")
-    observations, rungs, phase, losses, memory = [], [], [], [], []
+    observations, answers, rungs, phase, losses, memory = [], [], [], [], [], []
     while not run.done:
         observation = torch.from_numpy(run.observe())
-        memory.append(policy.state_dict())
+        memory.append(policy.state_dict() if isinstance(policy, FrozenPolicy) else {})
         observations.append(observation)
         phase.append(phases(observation).numpy())
-        applied = run.apply(answer(policy, observation))
-        rungs.append([LADDER.nearest(config) for config in applied])
+        answers.append(answer(policy, observation))
+        rungs.append(nearest_rungs(run.apply(answers[-1])))
         losses.append(run.advance().loss)
     policy.reset()
-    names = [layer.name for layer in run.layers]
-    return Probe(workload, names, observations, np.array(rungs), np.array(phase), losses, memory, run.evaluate()["val_loss"])
+    names, kinds = [layer.name for layer in run.layers], [layer.kind for layer in run.layers]
+    val_loss, allocator = run.evaluate()["val_loss"], run.optimizer.allocator
+
+    def allocate(choice: Choice, observation: Tensor) -> list[CompressionConfig]:
+        return allocator.resolve(choice, run.optimizer.applied, lambda: observation)
+
+    decided, seen = np.array(rungs), np.array(phase)
+    return Probe(workload, run.t, names, kinds, observations, answers, decided, seen, losses, memory, val_loss, allocate)
 
 
-def answer(policy: FrozenPolicy, observation: Tensor) -> Tensor:
+def answer(policy: Policy | ScoringPolicy, observation: Tensor) -> Tensor:
     """What the policy gives the optimizer: scores (L, R), or knob indices (L, 7)."""
-    return policy.scores(observation) if policy.head == "rung" else policy.act(observation)
+    found = policy.scores(observation) if isinstance(policy, ScoringPolicy) else policy.act(observation)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"only policies that score rungs or name knob indices can be watched; this one answers {found!r}")
+    return found
 
 
 def sensitivity(policy: FrozenPolicy, seen: Probe) -> dict[str, float]:
@@ -117,23 +144,37 @@ def _answer_from(policy: FrozenPolicy, seen: Probe, t: int, observation: Tensor)
 
 
 def phase_separation(seen: Probe) -> dict[str, Any]:
-    """Whether decisions tell phases apart: mean silhouette of the rungs (one position per layer) under the phase labels.
+    """Whether decisions tell phases of training apart: mean silhouettes (Rousseeuw 1987) of decisions under labels of time.
 
-    A decision is a point of L rung positions in [0, 1]; its label is the phase of most layers. Above zero decisions of one
-    phase lie nearer to each other than to another phase's (Rousseeuw 1987). Undefined with fewer than two phases.
+    A decision is a point: per layer kind and rung, the share of the kind's layers on that rung. `thirds` labels it by the
+    third of the run that it falls in, `phases` by the phase (`mango.policies.phases`) of most layers. Above zero decisions
+    of one label lie nearer to each other than to another label's. Undefined with fewer than two labels.
     """
-    labels = np.array([np.bincount(row, minlength=len(PHASES)).argmax() for row in seen.phase])
-    positions = seen.rungs / (len(LADDER) - 1)                                 # (T, L)
-    by_phase = {
-        PHASES[k]: {LADDER.names[r]: float((seen.rungs[labels == k] == r).mean()) for r in np.unique(seen.rungs[labels == k])}
+    decisions = len(seen.rungs)
+    by_majority = np.array([np.bincount(row, minlength=len(PHASES)).argmax() for row in seen.phase])
+    by_third = np.arange(decisions) * len(THIRDS) // decisions
+    return {"thirds": _separation(seen, by_third, THIRDS), "phases": _separation(seen, by_majority, PHASES)}
+
+
+def _separation(seen: Probe, labels: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    by_label = {
+        names[k]: {LADDER.names[r]: float((seen.rungs[labels == k] == r).mean()) for r in np.unique(seen.rungs[labels == k])}
         for k in np.unique(labels)
     }
-    kinds = len(np.unique(labels))
-    if kinds < 2 or kinds >= len(labels):
-        return {"silhouette": None, "verdict": "undefined: the run has one phase only", "by_phase": by_phase}
-    score = silhouette(positions, labels)
-    verdict = "phases are separable" if score > 0 else "phases are not separable in this policy's decisions"
-    return {"silhouette": score, "verdict": verdict, "by_phase": by_phase}
+    if not 1 < len(by_label) < len(labels):
+        verdict = "undefined: all decisions have one label" if len(by_label) == 1 else "undefined: too few decisions"
+        return {"silhouette": None, "separable": None, "verdict": verdict, "by_label": by_label}
+    score = silhouette(decision_points(seen), labels)
+    verdict = "separable: decisions follow them" if score > 0 else "not separable: decisions do not tell them apart"
+    return {"silhouette": score, "separable": score > 0, "verdict": verdict, "by_label": by_label}
+
+
+def decision_points(seen: Probe) -> NDArray[np.float64]:
+    """Per decision, the share of the layers of each kind that are on each rung (T, kinds * R)."""
+    kinds = sorted(set(seen.kinds))
+    one_hot = np.eye(len(LADDER))[seen.rungs]                                  # (T, L, R)
+    shares = [one_hot[:, [kind == own for own in seen.kinds]].mean(1) for kind in kinds]
+    return np.concatenate(shares, 1)
 
 
 def silhouette(points: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float:
@@ -156,11 +197,48 @@ def silhouette(points: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> 
     return float(np.mean(values))
 
 
-def inspect_policy(
-    policy: FrozenPolicy, workload: str, *, seed: int = 0, steps: int | None = None, budget: float | str = 0.25
+def tree_of(
+    policy: Policy | ScoringPolicy,
+    learned: Sequence[Probe],
+    *,
+    seed: int,
+    steps: int | None,
+    budget: float | str,
+    depth: int = DEPTH,
 ) -> dict[str, Any]:
-    """Everything that `mango inspect` tells, as JSON-able facts."""
+    """The policy as a decision tree, judged on a further run of the same workload with the given seed and budget.
+
+    `learned` are runs of the policy with other seeds. The tree also decides that run alone: its held-out loss stands beside
+    the policy's.
+    """
+    tree = distil_tree(learned, depth=depth)
+    held_out = probe(policy, learned[0].workload, seed=seed, steps=steps, budget=budget)
+    alone = probe(tree, learned[0].workload, seed=seed, steps=steps, budget=budget)
+    return {
+        "depth": depth,
+        "learned_runs": len(learned),
+        "learned_decisions": int(sum(run.rungs.size for run in learned)),
+        "held_out_seed": seed,
+        "fidelity": fidelity(tree, learned, [held_out]).to_dict(),
+        "val_loss": {"policy": held_out.val_loss, "tree": alone.val_loss},
+        "rules": rules(tree, learned),
+        "nodes": tree.to_dict(),
+    }
+
+
+def inspect_policy(
+    policy: FrozenPolicy,
+    workload: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    budget: float | str = 0.25,
+    depth: int = DEPTH,
+) -> dict[str, Any]:
+    """Everything that `mango inspect` tells, as JSON-able facts. Runs have the seeds from `seed` on."""
     seen = probe(policy, workload, seed=seed, steps=steps, budget=budget)
+    short = min(seen.steps, TREE_STEPS)
+    others = [probe(policy, workload, seed=seed + i, steps=short, budget=budget) for i in range(1, LEARNED_RUNS)]
     moved = {name: value for name, value in sensitivity(policy, seen).items() if math.isfinite(value)}
     return {
         **facts(policy),
@@ -176,4 +254,5 @@ def inspect_policy(
         },
         "sensitivity": moved,
         "phase_separation": phase_separation(seen),
+        "tree": tree_of(policy, [seen, *others], seed=seed + LEARNED_RUNS, steps=short, budget=budget, depth=depth),
     }

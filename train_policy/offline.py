@@ -2,7 +2,8 @@
 
 `ALGOS` names the algorithms, all of one signature: `train(network, cache, args)` looks them up. The native ones keep the
 actions factored: IQL and AWR end in a policy that was extracted by advantage-weighted imitation, so that it can seed
-PPO; CQL ends in action values over the ladder's rungs, whose scaled copy is the rung head.
+PPO; CQL ends in action values over the ladder's rungs, whose scaled copy is the rung head; additive costs end in scores
+that the knapsack sums over layers.
 """
 
 import copy
@@ -22,11 +23,14 @@ from mango.config import NVEC
 from mango.networks import PolicyNetwork
 from mango.trunks import LstmTrunk, MlpTrunk
 from mango_env.cache import TrajectoryCache
+from train_policy.additive import explained, fit, outcomes_of, teach
 from train_policy.batches import Loader, Steps, check_ladder, observations_of, prepare_normaliser, split_runs
 from train_policy.bc import accuracy, imitate
 from train_policy.distil import adopt_values
 from train_policy.fitting import Advance, TrainingInterrupted, progress_line, save_checkpoint
 from train_policy.transfer import check_head, clone
+
+TAUGHT_ROWS = 50_000                                     # observations that additive costs are distilled on
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +319,24 @@ def cql(task: Task) -> None:
                 task.report(update, numbers)
 
 
+def additive(task: Task) -> None:
+    """Costs of rungs from final losses by regression, distilled into the network; see `train_policy.additive`."""
+    args, network = task.args, task.network
+    if isinstance(network.trunk, LstmTrunk):
+        raise ValueError("additive costs are of single observations: it takes architecture 'mlp', got 'lstm'; use iql or awr")
+    found = fit(outcomes_of(task.training), task.training.header.ladder)
+    held = outcomes_of(task.validation)
+    numbers = {
+        "explained_elsewhere": found.explained_elsewhere,
+        "explained_held_out": explained(held, found.predict(held), found.noise),
+        "shrinkage": found.shrinkage,
+        "size": found.costs.size,
+    }
+    seen = observations_of(task.training, args.seed, TAUGHT_ROWS)
+    teach(network, found.costs, seen, updates=args.updates, batch_size=args.batch_size, learning_rate=args.learning_rate,
+          seed=args.seed, report=lambda n, more: task.report(n, numbers | more), report_every=args.report_every)  # fmt: skip
+
+
 def _loader(task: Task) -> Loader:
     sequences = isinstance(task.network.trunk, LstmTrunk)
     return Loader(task.training, task.args.batch_size, task.args.seed, sequences=sequences, gamma=task.args.gamma)
@@ -355,6 +377,7 @@ ALGOS: dict[str, Algorithm] = {
     "iql": iql,
     "awr": awr,
     "cql": cql,
+    "additive": additive,
     "d3rlpy-discrete-cql": _d3rlpy("discrete-cql"),
     "d3rlpy-iql": _d3rlpy("iql"),
     "d3rlpy-td3+bc": _d3rlpy("td3+bc"),

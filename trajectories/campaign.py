@@ -28,8 +28,9 @@ from mango_env.run import TrainingRun
 from mango_env.schedules import check_schedule
 from mango_env.workloads import split_options
 from mango_env.workloads.base import HELD_OUT
+from train_policy.behaviours import behaviour_of
 from train_policy.cli_support import write_json
-from train_policy.collect import CollectArgs, CollectSummary, Job, behaviour_of, record_jobs, run_id
+from train_policy.collect import CollectArgs, CollectSummary, Job, record_jobs, run_id
 from train_policy.provenance import about
 
 CONFIG = Path(__file__).with_name("campaign.yml")
@@ -55,6 +56,7 @@ class Range:
 class Rule:
     weight: float
     lr: float = 1.0                                          # its rate over AdamW's
+    matrix_lr_scale: float = 1.0                             # Muon's rate for matrices over that
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Campaign:
     budgets: Sequence[float]
     lr_factor: Range = Range(1.0, 1.0)
     seed: int = 0
+    seeds: int = 2**31                                       # seeds that runs are drawn from: runs of one seed share their twin
     runs: int = 1000
     reward: Reward = Reward()
 
@@ -97,7 +100,7 @@ class Campaign:
             check_schedule(schedule)
         for behaviour in self.behaviours:
             if behaviour != "fixed":
-                behaviour_of(behaviour, CollectArgs(), "")
+                behaviour_of(behaviour, "")
 
     @property
     def digest(self) -> str:
@@ -116,7 +119,8 @@ class Campaign:
         rung = LADDER.names[int(generator.integers(len(LADDER)))]
         args = CollectArgs(
             horizon=_one_of(generator, self.horizon), interval=_one_of(generator, self.interval), rule=rule,
-            schedule=_weighted(generator, self.schedules), reward=self.reward, seed=self.seed,
+            schedule=_weighted(generator, self.schedules), matrix_lr_scale=self.rules[rule].matrix_lr_scale,
+            reward=self.reward, seed=self.seed,
         )  # fmt: skip
         factor, budget = self.lr_factor.draw(generator) * self.rules[rule].lr, _one_of(generator, self.budgets)
         usual, least = facts_of(workload, rule)
@@ -124,7 +128,7 @@ class Campaign:
         behaviour = f"fixed:{rung}" if behaviour == "fixed" else behaviour
         feasible = [size for size in sorted(self.budgets) if size >= max(budget, least)]
         size = feasible[0] if feasible else math.ceil(100 * least) / 100
-        seed = int(generator.integers(2**31))
+        seed = int(generator.integers(self.seeds))
         return Job(run_id(workload, behaviour, seed, size, args), workload, behaviour, seed, size, args)
 
 

@@ -51,10 +51,10 @@ class ImageData(Shared):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextData(Shared):
-    """A text as symbol numbers of `text.CHARACTERS`."""
+    """A text as symbol numbers: of `text.CHARACTERS` (uint8), or of a vocabulary of words (int16)."""
 
-    train: Tensor                                                              # (N,) uint8
-    val: Tensor                                                                # (M,) uint8
+    train: Tensor                                                              # (N,)
+    val: Tensor                                                                # (M,)
 
 
 class Batches:

@@ -42,7 +42,7 @@ BOOKS_SOURCE = (
     "validation; make it from the repositories of github.com/GITenberg"
 )
 EMBEDDING_STD = 0.1                                                            # measured: 0.02 costs AdamW 0.05 nats in 300 steps
-VAL_WINDOWS = 64                                                               # windows of `context` characters in evaluate()
+VAL_WINDOWS = 256                                                              # windows of `context` characters in evaluate()
 
 
 def encode_text(text: str) -> Tensor:
@@ -106,12 +106,12 @@ def books(reader: str) -> TextData:
 class Transformer(nn.Module):
     """A decoder in GPT-2's order of norms; embedding and head are separate matrices."""
 
-    def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, depth: int, heads: int, context: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
+        self.embed = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, context) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, symbols: Tensor) -> Tensor:                              # (B, T) int64
         x = self.embed(symbols)
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
 
 
 class LanguageModel:
-    """Next-character prediction on windows drawn at random; `val_loss` is in nats per character, on evenly spaced windows.
+    """Next-symbol prediction on windows drawn at random; `val_loss` is in nats per symbol, on evenly spaced windows.
 
     `network(context=..., **sizes)` makes the model: symbols (B, T) to logits (B, T, V), of which none sees a later symbol.
     """
@@ -139,7 +139,7 @@ class LanguageModel:
         self.steps = steps
         self.batch = batch
         self.lr = lr
-        self.tokens = batch * context                                          # characters per step
+        self.tokens = batch * context                                          # symbols per step
         self._data = data
         self._context = context
         self._val_windows = val_windows

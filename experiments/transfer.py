@@ -1,0 +1,212 @@
+"""Does a policy serve models that it has never seen? Held-out families, several rules and budgets, paired by seed.
+
+    python -m experiments.transfer --policies universal,water-filling --out benchmarks/results/transfer.json
+
+Every run is compared with the same rule in full precision on the same workload, seed, steps and rate. Fixed rungs run once,
+and count at every budget that their measured bytes fit; the best of them is chosen by the same runs that it is compared on,
+which favours it. The families are those that no policy was trained on (`HELD_OUT`), and one transformer wider and deeper than
+any of the training's. The file is written after every (workload, rule, seed), and a repeated command adds what is missing.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.record import earlier_runs, parse, stamp, write
+from mango.config import LADDER
+from train_policy.evaluate import EvaluationArgs, EvaluationRow, evaluate, spec_name
+from train_policy.gate import bootstrap_interval
+
+FACTS = ("workload", "rule", "seed", "policy", "budget")
+KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_peak", "val_loss", "val_loss_adamw",
+        "val_loss_full", "status", "within_budget", "step_time_ratio", "horizon", "message")  # fmt: skip
+UNLIMITED = 4.0                                         # times AdamW's state: what a fixed rung runs under
+
+
+@dataclass(frozen=True)
+class Args:
+    workloads: str = "fashion_cnn,fashion_vit,sst2_classifier,multi30k_translation,source_lm+width=96+depth=4"
+    rules: str = "adamw,muon"
+    budgets: str = "0.03125,0.0625,0.125,0.25"          # of AdamW's state bytes
+    policies: str = "universal,water-filling,sensitivity,error-constrained"        # what `mango evaluate` takes
+    fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m6v0,m8v0,m6v4,m8v4,m6v8"               # rungs; dearer ones fit no budget
+    seeds: int = 3
+    steps: int = 200
+    interval: int = 20                                  # optimizer steps per decision
+    schedule: str = "cosine"
+    matrix_lr_scale: float = 4.0                        # Muon's rate over AdamW's, as tuned in benchmarks/quality.py
+    workers: int = 2
+    budget_minutes: float = 1e9                         # start nothing after this
+    out: Path = Path("benchmarks/results/transfer.json")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Everything of one workload, rule and seed that is missing."""
+
+    workload: str
+    rule: str
+    seed: int
+    fixed: tuple[str, ...]
+    policies: tuple[tuple[str, tuple[float, ...]], ...]  # and the budgets that each still needs
+    args: Args
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def units(args: Args, runs: Sequence[dict[str, Any]]) -> Iterator[Unit]:
+    """What has not been run, seed by seed, so that a study that was stopped early is still paired."""
+    have = {tuple(run[name] for name in FACTS) for run in runs}
+    budgets = [float(size) for size in names(args.budgets)]
+    for seed in range(args.seeds):
+        for work in names(args.workloads):
+            for rule in names(args.rules):
+                fixed = [f"fixed:{rung}" for rung in names(args.fixed)]
+                fixed = [spec for spec in fixed if (work, rule, seed, spec, UNLIMITED) not in have]
+                missing = [
+                    (spec, tuple(size for size in budgets if (work, rule, seed, spec_name(spec), size) not in have))
+                    for spec in names(args.policies)
+                ]
+                wanted = tuple((spec, sizes) for spec, sizes in missing if sizes)
+                if fixed or wanted:
+                    yield Unit(work, rule, seed, tuple(fixed), wanted, args)
+
+
+def measure(unit: Unit) -> list[dict[str, Any]]:
+    """Train them, one after another."""
+    torch.set_num_threads(1)
+    a = unit.args
+    settings = EvaluationArgs(
+        horizon=a.steps, interval=a.interval, rule=unit.rule, schedule=a.schedule,
+        matrix_lr_scale=a.matrix_lr_scale if unit.rule == "muon" else 1.0,
+    )  # fmt: skip
+    rows: list[EvaluationRow] = []
+    for specs, sizes in [([*unit.fixed], (UNLIMITED,)), *(([spec], sizes) for spec, sizes in unit.policies)]:
+        if specs:
+            rows += evaluate(specs, unit.workload, list(sizes), [unit.seed], settings)
+    return [{"rule": unit.rule} | {name: getattr(row, name) for name in KEPT} for row in rows]
+
+
+def gap(run: dict[str, Any]) -> float | None:
+    """Per cent of loss above the same rule's full precision; None where a run failed."""
+    if run["val_loss"] is None or not run["val_loss_full"]:
+        return None
+    return float(100 * (run["val_loss"] / run["val_loss_full"] - 1))
+
+
+def cells(runs: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
+    """Per workload, rule, budget and policy: its gap, that of the best fixed rung of equal bytes, and their difference."""
+    found = []
+    for work in names(args.workloads):
+        for rule in names(args.rules):
+            mine = [run for run in runs if (run["workload"], run["rule"]) == (work, rule)]
+            for size in map(float, names(args.budgets)):
+                at = [run for run in mine if run["budget"] == size]
+                seeds = sorted({run["seed"] for run in at})
+                if not at:
+                    continue
+                limit = at[0]["budget_bytes"]
+                rungs = _fitting(mine, seeds, limit)
+                best = min(rungs, key=lambda name: fmean(rungs[name].values()), default=None)
+                for policy in sorted({run["policy"] for run in at}):
+                    gaps = {run["seed"]: gap(run) for run in at if run["policy"] == policy}
+                    known = {seed: value for seed, value in gaps.items() if value is not None}
+                    paired = [known[seed] - rungs[best][seed] for seed in known if best is not None and seed in rungs[best]]
+                    found.append({
+                        "workload": work, "rule": rule, "budget": size, "policy": policy, "seeds": len(known),
+                        "failed": len(gaps) - len(known), "gap_percent": fmean(known.values()) if known else None,
+                        "best_fixed": best, "best_fixed_gap_percent": fmean(rungs[best].values()) if best else None,
+                        "difference": fmean(paired) if paired else None,
+                        "within_budget": all(run["within_budget"] for run in at if run["policy"] == policy),
+                    })  # fmt: skip
+    return found
+
+
+def _fitting(runs: Sequence[dict[str, Any]], seeds: Sequence[int], limit: int) -> dict[str, dict[int, float]]:
+    """Gaps by rung and seed of the fixed rungs that never held more than `limit` bytes and failed on no seed."""
+    gaps: dict[str, dict[int, float | None]] = {}
+    for run in runs:
+        if run["policy"].startswith("fixed:") and run["seed"] in seeds and (run["state_bytes_peak"] or limit + 1) <= limit:
+            gaps.setdefault(run["policy"].removeprefix("fixed:"), {})[run["seed"]] = gap(run)
+    whole = {name: one for name, one in gaps.items() if len(one) == len(seeds) and None not in one.values()}
+    return {name: {seed: float(value) for seed, value in one.items() if value is not None} for name, one in whole.items()}
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per budget and policy, over workloads and rules: mean gaps, the interval of the mean difference, the worst cell."""
+    found = []
+    for size in dict.fromkeys(row["budget"] for row in rows):
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            cases = [row for row in rows if (row["budget"], row["policy"]) == (size, policy) and row["difference"] is not None]
+            if not cases:
+                continue
+            differences = [row["difference"] for row in cases]
+            low, high = bootstrap_interval(differences) if len(cases) > 1 else (differences[0], differences[0])
+            worst = max(cases, key=lambda row: row["difference"])
+            found.append({
+                "budget": size, "policy": policy, "cases": len(cases), "gap_percent": fmean(row["gap_percent"] for row in cases),
+                "best_fixed_gap_percent": fmean(row["best_fixed_gap_percent"] for row in cases),
+                "difference": fmean(differences), "difference_low": low, "difference_high": high,
+                "worst": worst["difference"], "worst_case": f"{worst['workload']} {worst['rule']}",
+                "failed": sum(row["failed"] for row in rows if (row["budget"], row["policy"]) == (size, policy)),
+            })  # fmt: skip
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["budget    policy               gap %   best fixed %   difference %             worst cell"]
+    for row in rows:
+        span = f"[{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]"
+        gaps = f"{row['gap_percent']:+7.2f}   {row['best_fixed_gap_percent']:+10.2f}   {row['difference']:+9.2f}"
+        lines.append(f"{row['budget']:<9g} {row['policy']:18s} {gaps} {span:17s}  {row['worst']:+.2f} {row['worst_case']}")
+    return "\n".join(lines)
+
+
+def train(args: Args) -> Path:
+    runs = earlier_runs(args.out)
+    head, began = stamp(args), time.perf_counter()
+    waiting = list(units(args, runs))
+
+    def keep(found: Sequence[dict[str, Any]]) -> None:
+        runs.extend(run | {"commit": head["commit"]} for run in found)
+        rows = cells(runs, args)
+        write(args.out, head | {"runs": runs, "cells": rows, "totals": totals(rows)})
+
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        running: dict[Future[list[dict[str, Any]]], Unit] = {}
+        while waiting or running:
+            late = (time.perf_counter() - began) / 60 > args.budget_minutes
+            while waiting and not late and len(running) < args.workers:
+                unit = waiting.pop(0)
+                running[pool.submit(measure, unit)] = unit
+            if not running:
+                print("the time is spent; run the command again to go on")
+                break
+            done = next(as_completed(running))
+            unit = running.pop(done)
+            keep(done.result())
+            minutes = (time.perf_counter() - began) / 60
+            print(f"{unit.workload} {unit.rule} seed {unit.seed}: done at {minutes:.1f} min, {len(waiting)} to start", flush=True)
+    print(table(totals(cells(runs, args))))
+    return args.out
+
+
+def main() -> None:
+    args = parse(Args, __doc__)
+    unknown = [rung for rung in names(args.fixed) if rung not in LADDER.names]
+    if unknown:
+        raise SystemExit(f"unknown rungs {unknown}; the ladder has {', '.join(LADDER.names)}")
+    print(f"wrote {train(args)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Value decomposition by regression: what is planted is found, what is kept in full costs nothing, the network learns it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mango.config import LADDER
+from mango.features import FEATURE_DIM, FEATURE_INDEX, FEATURES
+from mango.networks import PolicyNetwork
+from mango_env.cache import build_cache
+from mango_env.reward import Reward
+from train_policy import offline
+from train_policy.additive import (
+    BEST,
+    SHRINKAGE,
+    SIZES,
+    AdditivePolicy,
+    Costs,
+    Outcomes,
+    design,
+    fit,
+    mixed,
+    outcomes_of,
+    weight_of,
+)
+from train_policy.batches import split_runs
+from train_policy.collect import CollectArgs, collect
+
+KINDS = ("attention_in", "attention_out", "mlp_up", "mlp_down")
+NONE, FULL, FOUR = LADDER.index("m0v0"), LADDER.index("full"), LADDER.index("m4v0")
+
+
+def layers(kinds: tuple[str, ...] = KINDS, progress: float = 0.0) -> Tensor:
+    """Observations of as many layers of one size."""
+    obs = torch.zeros(len(kinds), FEATURE_DIM)
+    for row, kind in enumerate(kinds):
+        obs[row, FEATURE_INDEX[f"kind_{kind}"]] = 1
+    obs[:, FEATURE_INDEX["rule_muon"]] = 1
+    obs[:, FEATURE_INDEX["progress"]] = progress
+    obs[:, FEATURE_INDEX["share"]] = 1 / len(kinds)
+    obs[:, FEATURE_INDEX["layers"]] = float(np.log10(len(kinds)))
+    return obs
+
+
+def drawn(runs: int, seed: int) -> tuple[dict[float, np.ndarray], np.ndarray]:
+    """Random allocations: regressors of the runs, and losses where only attention_in without momentum costs: 3 %, early."""
+    rng = np.random.default_rng(seed)
+    rows = {size: np.zeros((runs, len(SHRINKAGE))) for size in SIZES}
+    loss = np.zeros(runs)
+    for run in range(runs):
+        for half, progress in enumerate((0.0, 0.5)):
+            obs, rungs = layers(progress=progress), torch.from_numpy(rng.integers(0, len(LADDER), len(KINDS)))
+            for size in SIZES:
+                rows[size][run] += (weight_of(obs, size)[:, None] * design(obs, rungs)).double().sum(0).numpy() / 2
+            loss[run] += 3.0 * (rungs[0] == NONE) * (half == 0)
+    return rows, loss + rng.normal(0, 0.3, runs)
+
+
+def test_what_was_planted_is_found_and_nothing_else() -> None:
+    rows, loss = drawn(600, seed=0)
+    group = np.arange(600) % 6
+    found = fit(Outcomes(rows, loss + group, group, np.array(["a", "b", "c"])[group % 3]))
+    early, late = (found.costs(layers(progress=p)) for p in (0.0, 0.5))
+    assert found.explained_elsewhere > 0.5
+    assert 4.0 < float(early[0, NONE]) < 8.0 and float(early[0, NONE]) > 1.5 * float(late[0, NONE])        # 3 % for half a run
+    assert float(early[1:, NONE].abs().max()) < 0.25 * float(early[0, NONE])
+    assert float(early[:, FULL].abs().max()) == 0
+
+
+def test_nothing_is_charged_for_full_precision() -> None:
+    obs = layers()
+    costs = Costs(np.ones(len(SHRINKAGE)), size=0.0)(obs)
+    assert torch.equal(costs[:, FULL], torch.zeros(len(KINDS)))
+    assert torch.equal(costs[:, LADDER.index("m16v16")], torch.zeros(len(KINDS))) and bool((costs[:, NONE] > 0).all())
+
+
+def test_a_rule_without_second_moment_pays_nothing_for_it() -> None:
+    obs = layers()
+    rungs = torch.full((len(KINDS),), LADDER.index("m8v8"))
+    assert torch.equal(design(obs, rungs), design(obs, torch.full((len(KINDS),), LADDER.index("m8v0"))))
+    obs[:, FEATURE_INDEX["rule_muon"]], obs[:, FEATURE_INDEX["rule_adamw"]] = 0, 1
+    assert not torch.equal(design(obs, rungs), design(obs, torch.full((len(KINDS),), LADDER.index("m8v0"))))
+
+
+def test_weights_of_layers_average_to_one_over_their_number() -> None:
+    obs = layers()
+    obs[:, FEATURE_INDEX["share"]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for size in SIZES:
+        assert weight_of(obs, size).mean() == pytest.approx(0.25, rel=0.05)
+    assert torch.allclose(weight_of(obs, 1.0), obs[:, FEATURE_INDEX["share"]])
+    assert torch.allclose(weight_of(obs, 0.0), torch.tensor(0.25))
+
+
+def test_the_policy_prefers_what_costs_less() -> None:
+    rows, loss = drawn(300, seed=1)
+    policy = AdditivePolicy(fit(Outcomes(rows, loss, np.zeros(300, np.int64), np.array(["a"] * 300))).costs)
+    scores = policy.scores(layers())
+    assert scores.shape == (len(KINDS), len(LADDER)) and int(scores[:, NONE].argmin()) == 0
+    assert policy.act(layers()).shape == (len(KINDS), 7)
+
+
+def test_mixing_keeps_every_column_and_breaks_what_went_together() -> None:
+    obs = torch.rand(500, FEATURE_DIM)
+    obs[:, FEATURE_INDEX["lr"]] = obs[:, FEATURE_INDEX["share"]]
+    found = mixed(obs, torch.Generator().manual_seed(0))
+    assert torch.equal(found.sort(0).values, obs.sort(0).values)
+    kinds = [i for i, f in enumerate(FEATURES) if f.name.startswith("kind_")]
+    rows = {tuple(row) for row in obs[:, kinds].tolist()}
+    assert all(tuple(row) in rows for row in found[:, kinds].tolist())
+    assert abs(float(np.corrcoef(found[:, FEATURE_INDEX["lr"]], found[:, FEATURE_INDEX["share"]])[0, 1])) < 0.2
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("designed")
+    collect("digits_mlp", ["factorial", "fixed:m8v8", "random"], 2, [0.5], root, CollectArgs(horizon=12, interval=4))
+    return root
+
+
+def test_final_losses_are_recorded_and_read(store: Path) -> None:
+    cache = build_cache(store)
+    data = outcomes_of(cache)
+    assert len(data) == 6 + 2 and set(data.family) == {"digits_mlp"} and len(set(data.group.tolist())) == 2
+    assert data.loss[6:].tolist() == [0.0, 0.0] and not data.rows[0.0][6:].any()                       # the twins
+    facts = cache.attributes
+    per_cent = {100 * float(np.log(a / b)) for a, b in zip(facts["val_loss"], facts["val_loss_full"], strict=True)}
+    assert np.allclose(sorted(max(x, BEST) for x in per_cent), sorted(data.loss[:6].tolist()))
+
+
+def test_the_network_learns_the_costs(store: Path) -> None:
+    cache = build_cache(store)
+    result = offline.train(PolicyNetwork("mlp", hidden=(32,)), cache, offline.OfflineArgs(algo="additive", updates=300))
+    assert {"explained_elsewhere", "explained_held_out", "loss"} <= set(result.metrics)
+    obs = torch.from_numpy(next(iter(cache.episodes()))["observations"].copy())
+    logits = result.network(obs).rung_logits
+    training, _ = split_runs(cache, 0.2, 0)
+    wanted = -fit(outcomes_of(training)).costs(obs)
+    said, meant = ((values - values[:, -1:]).flatten().numpy() for values in (logits.detach(), wanted))
+    assert float(np.corrcoef(said, meant)[0, 1]) > 0.9
+
+
+def test_data_without_twins_and_networks_with_memory_are_refused(store: Path, tmp_path: Path) -> None:
+    args = CollectArgs(horizon=8, interval=4, reward=Reward(loss="raw"))
+    collect("digits_mlp", ["random", "factorial"], 2, [0.5], tmp_path, args)
+    with pytest.raises(ValueError, match="no run of the data has a final loss and a twin"):
+        outcomes_of(build_cache(tmp_path))
+    with pytest.raises(ValueError, match="takes architecture 'mlp', got 'lstm'"):
+        offline.train(PolicyNetwork("lstm"), build_cache(store), offline.OfflineArgs(algo="additive"))
