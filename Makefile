@@ -17,10 +17,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types readme bench clean
+.PHONY: help setup demo test check lint types readme bench policies policies-small clean
 
 help:                ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)      ## the virtual environment .venv with everything in it, pinned
 
@@ -51,6 +51,12 @@ readme: $(READY)     ## fill the README's results from benchmarks/results and de
 
 bench: $(READY)      ## the benchmarks, one after another; results go to benchmarks/results
 	@set -e; for program in $$(grep -l __main__ benchmarks/*.py); do echo "== $$program"; $(BIN)/python -m "benchmarks.$$(basename $$program .py)"; done
+
+policies: $(READY)   ## the shipped policy from seeds: record, learn, gate, freeze, evaluate (hours); needs MANGO_DATA
+	$(BIN)/python -m policies.make_universal --root runs/universal
+
+policies-small: $(READY)  ## the same in a quarter of an hour, without data to get; the policy goes to runs/universal-small
+	$(BIN)/python -m policies.make_universal --root runs/universal-small --out runs/universal-small --small
 
 clean:               ## remove the environment, builds, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs demo.json

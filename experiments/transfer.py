@@ -21,10 +21,11 @@ import torch
 
 from benchmarks.record import earlier_runs, parse, stamp, write
 from mango.config import LADDER
-from train_policy.evaluate import EvaluationArgs, EvaluationRow, evaluate, spec_name
+from mango.policy_file import FrozenPolicy
+from train_policy.evaluate import EvaluationArgs, evaluate, policy_of, spec_name
 from train_policy.gate import bootstrap_interval
 
-FACTS = ("workload", "rule", "seed", "policy", "budget")
+FACTS = ("workload", "rule", "seed", "policy", "weights", "budget")
 KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_peak", "val_loss", "val_loss_adamw",
         "val_loss_full", "status", "within_budget", "step_time_ratio", "horizon", "message")  # fmt: skip
 UNLIMITED = 4.0                                         # times AdamW's state: what a fixed rung runs under
@@ -59,6 +60,12 @@ class Unit:
     args: Args
 
 
+def weights_of(spec: str) -> str:
+    """Tells files of one name apart: the checksum of a frozen policy's weights; nothing for other policies."""
+    policy = policy_of(spec)
+    return policy.metadata["weights_sha256"][:12] if isinstance(policy, FrozenPolicy) else ""
+
+
 def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -67,14 +74,15 @@ def units(args: Args, runs: Sequence[dict[str, Any]]) -> Iterator[Unit]:
     """What has not been run, seed by seed, so that a study that was stopped early is still paired."""
     have = {tuple(run[name] for name in FACTS) for run in runs}
     budgets = [float(size) for size in names(args.budgets)]
+    weights = {spec: weights_of(spec) for spec in names(args.policies)}
     for seed in range(args.seeds):
         for work in names(args.workloads):
             for rule in names(args.rules):
                 fixed = [f"fixed:{rung}" for rung in names(args.fixed)]
-                fixed = [spec for spec in fixed if (work, rule, seed, spec, UNLIMITED) not in have]
+                fixed = [spec for spec in fixed if (work, rule, seed, spec, "", UNLIMITED) not in have]
                 missing = [
-                    (spec, tuple(size for size in budgets if (work, rule, seed, spec_name(spec), size) not in have))
-                    for spec in names(args.policies)
+                    (spec, tuple(size for size in budgets if (work, rule, seed, spec_name(spec), digest, size) not in have))
+                    for spec, digest in weights.items()
                 ]
                 wanted = tuple((spec, sizes) for spec, sizes in missing if sizes)
                 if fixed or wanted:
@@ -89,11 +97,12 @@ def measure(unit: Unit) -> list[dict[str, Any]]:
         horizon=a.steps, interval=a.interval, rule=unit.rule, schedule=a.schedule,
         matrix_lr_scale=a.matrix_lr_scale if unit.rule == "muon" else 1.0,
     )  # fmt: skip
-    rows: list[EvaluationRow] = []
+    found: list[dict[str, Any]] = []
     for specs, sizes in [([*unit.fixed], (UNLIMITED,)), *(([spec], sizes) for spec, sizes in unit.policies)]:
-        if specs:
-            rows += evaluate(specs, unit.workload, list(sizes), [unit.seed], settings)
-    return [{"rule": unit.rule} | {name: getattr(row, name) for name in KEPT} for row in rows]
+        facts = {"rule": unit.rule, "weights": weights_of(specs[0]) if specs else ""}
+        rows = evaluate(specs, unit.workload, list(sizes), [unit.seed], settings) if specs else []
+        found += [facts | {name: getattr(row, name) for name in KEPT} for row in rows]
+    return found
 
 
 def gap(run: dict[str, Any]) -> float | None:
@@ -173,6 +182,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def train(args: Args) -> Path:
     runs = earlier_runs(args.out)
+    current = {spec_name(spec): weights_of(spec) for spec in names(args.policies)}
+    runs = [run for run in runs if run["weights"] == current.get(run["policy"], run["weights"])]
     head, began = stamp(args), time.perf_counter()
     waiting = list(units(args, runs))
 

@@ -93,11 +93,12 @@ class PolicyNetwork(nn.Module):
     """Normaliser and trunk, then three heads: knobs (factored over `KNOBS`), rungs (over a ladder), value.
 
     `architecture` names the trunk, the further keywords are the trunk's: `hidden`, `activation` for "mlp"; `hidden_dim`,
-    `num_layers` for "lstm". The attribute `architecture` holds all of them as JSON, so `PolicyNetwork(**net.architecture)`
-    rebuilds the shapes. Weights are drawn from `generator` (or `seed`), never from the global one; `device="meta"` draws none.
+    `num_layers` for "lstm"; these, `num_heads` and `window` for "tinyformer". The attribute `architecture` holds all of them
+    as JSON, so `PolicyNetwork(**net.architecture)` rebuilds the shapes. Weights are drawn from `generator` (or `seed`), never
+    from the global one; `device="meta"` draws none.
 
     >>> PolicyNetwork("mlp", hidden=(32, 32))(torch.zeros(5, 64)).rung_logits.shape
-    torch.Size([5, 10])
+    torch.Size([5, 13])
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class PolicyNetwork(nn.Module):
             raise ValueError(f"architecture {architecture!r} does not take {sorted(trunk)}: {error}") from error
         check_size("rungs", rungs)
         self.architecture: dict[str, Any] = {"architecture": architecture, "rungs": rungs, **self.trunk.settings}
+        self.name = architecture
         features = self.trunk.features_dim
         self.knob_head = linear(features, sum(NVEC), 0.01, generator, device)     # small: the first policy is near uniform
         self.rung_head = linear(features, rungs, 0.01, generator, device)

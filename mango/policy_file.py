@@ -35,7 +35,7 @@ _RETRAIN = "retrain the policy, or install the version of mango-optim that wrote
 
 
 class FrozenPolicy:
-    """A network that only acts: greedy, on the CPU, without gradients; its memory is one LSTM state per layer.
+    """A network that only acts: greedy, on the CPU, without gradients; its memory is one state of its trunk per layer.
 
     `act(obs (L, 64)) -> (L, 7)` knob indices. With the rung head there is also `scores(obs) -> (L, R)`, the log-probability
     of every rung, which the optimizer's knapsack maximises under the budget; with the knobs head there is no such attribute.
@@ -79,12 +79,14 @@ class FrozenPolicy:
         self._state = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The carried state, `h` and `c` (num_layers, L, hidden_dim) each; empty for a policy without memory."""
-        return {} if self._state is None else {"h": self._state[0].clone(), "c": self._state[1].clone()}
+        """The carried state, two tensors under the trunk's `state_names` ("h" and "c" of an LSTM); empty without a memory."""
+        names = self.network.trunk.state_names
+        return {} if self._state is None else {name: part.clone() for name, part in zip(names, self._state, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`: the next decisions are the same bit for bit."""
-        self._state = (state["h"].clone(), state["c"].clone()) if "h" in state else None
+        names = self.network.trunk.state_names
+        self._state = (state[names[0]].clone(), state[names[1]].clone()) if names and names[0] in state else None
 
     def _scores(self, obs: Tensor) -> Tensor:
         return self._decide(obs).rung_logits.log_softmax(-1)

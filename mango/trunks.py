@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mango.features import FEATURE_DIM, FEATURES
@@ -16,7 +17,7 @@ from mango.features import FEATURE_DIM, FEATURES
 OBSERVATION_CLIP = 10.0                                  # normalised features stay within +-10 standard deviations
 _DEEPEST = 32                                            # layers of a trunk
 
-State = tuple[Tensor, Tensor]                            # LSTM (h, c), each (num_layers, B, hidden_dim)
+State = tuple[Tensor, Tensor]                            # what a trunk with memory carries; rows of the batch in dimension 1
 
 
 class Normaliser(nn.Module):
@@ -77,6 +78,9 @@ def linear(inputs: int, outputs: int, gain: float, generator: torch.Generator, d
 class MlpTrunk(nn.Module):
     """Normaliser, then fully connected layers. Observations (..., F) to features (..., hidden[-1])."""
 
+    has_memory = False
+    state_names: tuple[str, ...] = ()
+
     def __init__(
         self,
         hidden: Sequence[int] = (128, 128),
@@ -112,7 +116,10 @@ class MlpTrunk(nn.Module):
 
 
 class LstmTrunk(nn.Module):
-    """Normaliser, then an LSTM whose state is carried per layer. (B, F) or (B, T, F) to (B, [T,] hidden_dim)."""
+    """Normaliser, then an LSTM. (B, F) or (B, T, F) to (B, [T,] hidden_dim); state (h, c), each (num_layers, B, hidden_dim)."""
+
+    has_memory = True
+    state_names: tuple[str, ...] = ("h", "c")            # what the state's tensors are called where they are saved
 
     def __init__(
         self,
@@ -150,12 +157,120 @@ class LstmTrunk(nn.Module):
 
     def step(self, obs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Features and the state after the last step; `state=None` starts from zeros."""
-        if obs.dim() not in (2, 3):
-            raise ValueError(f"an LSTM reads observations (B, F) or (B, T, F); got {tuple(obs.shape)}")
-        sequence = self.normaliser(obs if obs.dim() == 3 else obs.unsqueeze(1))
-        features, state = self.lstm(sequence, state)
+        features, state = self.lstm(self.normaliser(_as_sequence(obs)), state)
         return (features if obs.dim() == 3 else features.squeeze(1)), state
 
 
-Trunk = MlpTrunk | LstmTrunk
-TRUNKS: dict[str, type[MlpTrunk] | type[LstmTrunk]] = {"mlp": MlpTrunk, "lstm": LstmTrunk}
+class TinyFormer(nn.Module):
+    """Normaliser, then one transformer block applied `num_layers` times to a layer's past decisions.
+
+    (B, F) or (B, T, F) to (B, [T,] hidden_dim). A decision attends to itself and to the `window - 1` decisions before it, of
+    its own row alone. The applications share their weights and differ by a learned vector that is added to their input
+    (Dehghani et al. 2019, sec. 2.1); the heads share keys and values (Shazeer 2019, sec. 3), which keeps what is carried
+    small; positions are known by distance alone, each with a key of its own (Shaw et al. 2018, sec. 3.2). With the
+    defaults a whole `PolicyNetwork` has fewer than 100,000 parameters.
+
+    State (keys, values), each (num_layers, B, decisions kept, hidden_dim / num_heads): it grows to `window - 1` decisions.
+
+    >>> trunk = TinyFormer()
+    >>> features, state = trunk.step(torch.zeros(5, 64))
+    >>> features.shape, state[0].shape
+    (torch.Size([5, 128]), torch.Size([6, 5, 1, 32]))
+    """
+
+    has_memory = True
+    state_names: tuple[str, ...] = ("keys", "values")
+
+    def __init__(
+        self,
+        hidden_dim: int = 128,
+        num_layers: int = 6,
+        num_heads: int = 4,
+        window: int = 128,
+        *,
+        feature_dim: int = FEATURE_DIM,
+        generator: torch.Generator | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        check_size("feature_dim", feature_dim)
+        self.features_dim = check_size("hidden_dim", hidden_dim)
+        if hidden_dim % check_size("num_heads", num_heads):
+            raise ValueError(f"hidden_dim={hidden_dim} is not a multiple of num_heads={num_heads}")
+        self.settings: dict[str, Any] = {
+            "hidden_dim": hidden_dim,
+            "num_layers": check_size("num_layers", num_layers, _DEEPEST),
+            "num_heads": num_heads,
+            "window": check_size("window", window),
+            "feature_dim": feature_dim,
+        }
+        generator = generator or torch.Generator().manual_seed(0)
+        self.num_layers, self.num_heads, self.window, head_dim = num_layers, num_heads, window, hidden_dim // num_heads
+        small = (2 * num_layers) ** -0.5                 # the sum of all applications' outputs is about as large as their input
+        self.normaliser = Normaliser(feature_dim, device)
+        self.embed = linear(feature_dim, hidden_dim, 1.0, generator, device)
+        self.depth = _normal(num_layers, hidden_dim, hidden_dim**-0.5, generator, device)
+        self.distance_keys = _normal(window, head_dim, 1.0, generator, device)       # large: distances tell from the start
+        self.attention_norm = nn.LayerNorm(hidden_dim, device=device, dtype=torch.float32)
+        self.query = linear(hidden_dim, hidden_dim, 1.0, generator, device)
+        self.key_value = linear(hidden_dim, 2 * head_dim, 1.0, generator, device)
+        self.attention_out = linear(hidden_dim, hidden_dim, small, generator, device)
+        self.mlp_norm = nn.LayerNorm(hidden_dim, device=device, dtype=torch.float32)
+        self.mlp_in = linear(hidden_dim, hidden_dim, 2**0.5, generator, device)
+        self.mlp_out = linear(hidden_dim, hidden_dim, small, generator, device)
+        self.out_norm = nn.LayerNorm(hidden_dim, device=device, dtype=torch.float32)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.step(obs)[0]
+
+    def step(self, obs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Features, and keys and values of the last `window - 1` decisions; `state=None` starts without a past."""
+        x = self.embed(self.normaliser(_as_sequence(obs)))                     # (B, T, D)
+        steps, past = x.shape[1], 0 if state is None else state[0].shape[2]
+        ages = torch.arange(past, past + steps, device=x.device)[:, None] - torch.arange(past + steps, device=x.device)
+        hidden = (ages < 0) | (ages >= self.window)                            # (T, S): the future, and what is too old
+        ages = ages.clamp(0, self.window - 1)
+        kept = []
+        for application in range(self.num_layers):
+            x = x + self.depth[application]
+            normed = self.attention_norm(x)
+            keys, values = self.key_value(normed).chunk(2, -1)                 # (B, T, head_dim) each
+            if state is not None:
+                keys, values = torch.cat([state[0][application], keys], 1), torch.cat([state[1][application], values], 1)
+            x = x + self.attention_out(self._attend(normed, keys, values, ages, hidden))
+            x = x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+            oldest = max(0, past + steps - (self.window - 1))
+            kept.append((keys[:, oldest:], values[:, oldest:]))
+        features: Tensor = self.out_norm(x)
+        carried = (torch.stack([keys for keys, _ in kept]), torch.stack([values for _, values in kept]))
+        return (features if obs.dim() == 3 else features.squeeze(1)), carried
+
+    def _attend(self, normed: Tensor, keys: Tensor, values: Tensor, ages: Tensor, hidden: Tensor) -> Tensor:
+        """What decisions (B, T, D) read from S keys and values (B, S, head_dim): (B, T, D)."""
+        queries = self.query(normed).unflatten(-1, (self.num_heads, -1))                           # (B, T, heads, head_dim)
+        by_age = (queries @ self.distance_keys.T).transpose(1, 2)                                  # (B, heads, T, window)
+        queries = queries.transpose(1, 2)        # after `by_age`: of strided queries matmul's rounding depends on requires_grad
+        by_age = by_age.gather(-1, ages.expand(*queries.shape[:2], *ages.shape))                   # (B, heads, T, S)
+        scores = (queries @ keys.transpose(1, 2).unsqueeze(1) + by_age) * queries.shape[-1] ** -0.5
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        found: Tensor = weights @ values.unsqueeze(1)                                              # (B, heads, T, head_dim)
+        return found.transpose(1, 2).flatten(2)
+
+
+def _as_sequence(obs: Tensor) -> Tensor:
+    """Observations (B, F) or (B, T, F) as (B, T, F)."""
+    if obs.dim() not in (2, 3):
+        raise ValueError(f"a trunk with memory reads observations (B, F) or (B, T, F); got {tuple(obs.shape)}")
+    return obs if obs.dim() == 3 else obs.unsqueeze(1)
+
+
+def _normal(rows: int, columns: int, std: float, generator: torch.Generator, device: str) -> nn.Parameter:
+    """A parameter (rows, columns) drawn from `generator`; on "meta" nothing is drawn."""
+    table = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    return nn.Parameter(table if device == "meta" else nn.init.normal_(table, 0.0, std, generator=generator))
+
+
+Trunk = MlpTrunk | LstmTrunk | TinyFormer
+TRUNKS: dict[str, type[MlpTrunk] | type[LstmTrunk] | type[TinyFormer]] = {
+    "mlp": MlpTrunk, "lstm": LstmTrunk, "tinyformer": TinyFormer,
+}  # fmt: skip

@@ -21,6 +21,7 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"architecture": "mlp", "hidden": [32, 16], "activation": "tanh"},
     {"architecture": "mlp", "hidden": [24]},
     {"architecture": "lstm", "hidden_dim": 16, "num_layers": 2},
+    {"architecture": "tinyformer", "hidden_dim": 16, "num_layers": 2, "num_heads": 2, "window": 4},
 ]
 
 
@@ -167,7 +168,7 @@ def test_an_unfitted_normaliser_maps_the_feature_table_into_plus_minus_one() -> 
 
 def test_networks_refuse_what_they_do_not_know() -> None:
     for arguments, message in (
-        ({"architecture": "gru"}, "known: mlp, lstm"),
+        ({"architecture": "gru"}, "known: mlp, lstm, tinyformer"),
         ({"hidden_dim": 3}, "does not take"),
         ({"hidden": (0,)}, r"1\.\.8192"),
         ({"hidden": ()}, "0 layers"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mango.trunks import TRUNKS
 from mango_env import ENV_ID
 from train_policy.bc import BcArgs
 from train_policy.offline import ALGOS, OfflineArgs
@@ -14,7 +15,7 @@ from train_policy.recipes import from_recipe, load_recipe
 def test_every_shipped_recipe_fills_its_arguments() -> None:
     assert from_recipe(PpoArgs, load_recipe("ppo", "LayerVecEnv")) == PpoArgs()
     assert from_recipe(BcArgs, load_recipe("bc", "mlp")) == BcArgs()
-    assert from_recipe(BcArgs, load_recipe("bc", "lstm"), seed=3).seed == 3
+    assert {from_recipe(BcArgs, load_recipe("bc", name), seed=3).seed for name in TRUNKS} == {3}
     assert {from_recipe(OfflineArgs, load_recipe("offline", algo)).algo for algo in ALGOS} == set(ALGOS)
 
 

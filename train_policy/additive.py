@@ -4,8 +4,9 @@ The loss that a run ends with is one number for all its layers and decisions. As
 al. 2018) it is taken as a sum over layers and decisions, here of linear functions of what a layer is (kind, rule), when the
 decision is made (early, late), what is kept of each moment, and the errors that were measured. Runs whose allocations were
 drawn at random (`factorial` in `train_policy.behaviours`) tell the terms apart; runs of one workload, seed and rate are
-compared with each other and with their twin alone. Coefficients are shrunk (ridge), the special ones more than the general
-ones, so a kind that was seen rarely borrows from the others; how much is chosen by leaving whole workload families out.
+compared with each other and with their twin alone, in units of what allocations at random differ by there. Coefficients are
+shrunk (ridge), the special ones more than the general ones, so a kind that was seen rarely borrows from the others; how much is
+chosen by leaving whole workload families out.
 
 The costs add up over layers, so minus the cost is a score, and the optimizer's knapsack picks the allocation of least
 predicted loss for every budget. `additive` fits them and distils them into the network: a Monte-Carlo estimate of the action
@@ -14,7 +15,7 @@ values of the recorded behaviour and one step of improvement on it (Brandfonbren
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from train_policy.batches import runs_of
 from train_policy.distil import KNOB_SHARPNESS, distil, knob_marginals
 
 Floats = NDArray[np.float64]
+PerSetting = Mapping[tuple[str, str], float]              # by family and rule
 
 RANKS = (1, 4, 8, 32, 128)
 MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), "2 bits", "4 bits", "6 bits", "8 bits")     # 16 and more cost nothing
@@ -43,7 +45,8 @@ SHRINKAGES = tuple(10.0**power for power in np.arange(-3, 2.5, 0.5))         # t
 SIZES = (0.0, 0.5, 1.0)                                  # a layer weighs as its share of the parameters to this power
 WORST, BEST = 20.0, -10.0                                # per cent of loss that a run is charged at most and at least
 LARGEST_ERROR = 2.0                                      # of a stored moment that the regression believes
-LEAST_NOISE = 0.2                                        # per cent
+LEAST_SPREAD = 0.2                                       # per cent that losses differ by
+LEAST_NOISE = 0.3                                        # of that spread; without it one quiet family would decide alone
 FIT_ROUNDS = 2                                           # of the families' weights, by what is left unexplained in them
 SHARED = ("workload", "seed", "rule", "lr", "horizon", "schedule", "matrix_lr_scale", "interval")      # by runs of a group
 
@@ -115,14 +118,17 @@ SHRINKAGE = np.concatenate([
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Costs:
-    """What a rung costs: coefficients (D,) in per cent of final loss, for a layer that is all there is, for a whole run."""
+    """What a rung costs: coefficients (D,) for a layer that is all there is, for a whole run.
+
+    The unit is what the final losses of random allocations differ by (their standard deviation), in each family.
+    """
 
     coefficients: Floats
     size: float                                          # a layer weighs as its share of the parameters to this power
     ladder: Ladder = LADDER
 
     def __call__(self, obs: Tensor) -> Tensor:
-        """Per cent of final loss (N, R) that every rung adds in every layer, were it kept for the whole run."""
+        """What every rung adds to the final loss (N, R) in every layer, were it kept for the whole run."""
         weights = torch.from_numpy(self.coefficients).float()
         rungs = [design(obs, torch.full((len(obs),), rung), self.ladder) @ weights for rung in range(len(self.ladder))]
         return weight_of(obs, self.size)[:, None] * torch.stack(rungs, 1)
@@ -161,6 +167,7 @@ class Outcomes:
     loss: Floats                                         # (runs,) per cent of final loss above the twin
     group: NDArray[np.int64]                             # (runs,) which runs share their twin
     family: NDArray[np.str_]                             # (runs,) the workload's name without its options
+    rule: NDArray[np.str_]                               # (runs,) the base rule
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -168,11 +175,20 @@ class Outcomes:
     def some(self, mask: NDArray[np.bool_]) -> "Outcomes":
         """The runs of a mask (runs,)."""
         rows = {size: found[mask] for size, found in self.rows.items()}
-        return Outcomes(rows, self.loss[mask], self.group[mask], self.family[mask])
+        return Outcomes(rows, self.loss[mask], self.group[mask], self.family[mask], self.rule[mask])
 
-    def weights(self, noise: Mapping[str, float]) -> Floats:
-        """How much each run counts (runs,), by the noise of its family in per cent (1 where that is unknown)."""
-        return np.array([noise.get(str(name), 1.0) for name in self.family]) ** -2.0
+    @property
+    def setting(self) -> list[tuple[str, str]]:
+        """The family and the rule of each run."""
+        return [(str(family), str(rule)) for family, rule in zip(self.family, self.rule, strict=True)]
+
+    def in_units(self, scale: "PerSetting") -> "Outcomes":
+        """The same with losses in units of a scale, so that a family whose loss is near zero does not drown the others."""
+        return replace(self, loss=self.loss / np.array([scale.get(one, 1.0) for one in self.setting]))
+
+    def weights(self, noise: "PerSetting") -> Floats:
+        """How much each run counts (runs,), by the noise of its setting (1 where that is unknown)."""
+        return np.array([noise.get(one, 1.0) for one in self.setting]) ** -2.0
 
 
 def outcomes_of(cache: TrajectoryCache) -> Outcomes:
@@ -198,11 +214,12 @@ def outcomes_of(cache: TrajectoryCache) -> Outcomes:
     group = [groups.setdefault(tuple(table[name][e] for name in SHARED), len(groups)) for e in at]
     families = [str(split_options(table["workload"][e])[0]) for e in at]
     loss = [_per_cent(table["val_loss"][e], table["val_loss_full"][e]) for e in at]
+    rules = [str(table["rule"][e]) for e in at]
     twins = [group.index(number) for number in range(len(groups))]                   # each is a run that pays for nothing
     return Outcomes(
         {size: np.concatenate([total[kept], np.zeros((len(twins), len(SHRINKAGE)))]) for size, total in rows.items()},
         np.array(loss + [0.0] * len(twins)), np.array(group + list(range(len(twins)))),
-        np.array(families + [families[first_of] for first_of in twins]),
+        np.array(families + [families[member] for member in twins]), np.array(rules + [rules[member] for member in twins]),
     )  # fmt: skip
 
 
@@ -211,12 +228,12 @@ def _per_cent(loss: float | None, reference: float) -> float:
     return min(max(found, BEST), WORST)
 
 
-def ridge(data: Outcomes, size: float, shrinkages: Sequence[float], noise: Mapping[str, float]) -> list[Floats]:
+def ridge(data: Outcomes, size: float, shrinkages: Sequence[float], noise: PerSetting) -> list[Floats]:
     """Coefficients (D,) of weighted least squares within groups, for each shrinkage. What never varied has none."""
     return _solve(_moments(data, size, noise), shrinkages)
 
 
-def _moments(data: Outcomes, size: float, noise: Mapping[str, float]) -> tuple[Floats, Floats]:
+def _moments(data: Outcomes, size: float, noise: PerSetting) -> tuple[Floats, Floats]:
     """Second moments of the regressors (D, D) and with the loss (D,), within groups, regressors in units of their prior."""
     rows = centred(data.rows[size] / np.sqrt(SHRINKAGE), data.group)
     weighted = rows * data.weights(noise)[:, None]
@@ -243,14 +260,26 @@ def centred(values: Floats, group: NDArray[np.int64]) -> Floats:
     return np.asarray(values - (sums.T / count).T[number])
 
 
-def noise_of(data: Outcomes, predicted: Floats) -> dict[str, float]:
-    """Per family the standard deviation in per cent of what a prediction (runs,) leaves, within groups."""
-    left = np.abs(centred(data.loss - predicted, data.group))
-    typical = {str(name): 1.4826 * float(np.median(left[data.family == name])) for name in np.unique(data.family)}
-    return {name: max(found, LEAST_NOISE) for name, found in typical.items()}
+def spread_of(data: Outcomes) -> dict[tuple[str, str], float]:
+    """Per setting the root mean square of the losses within groups, in per cent: what allocations at random differ by."""
+    return _per_setting(data, centred(data.loss, data.group), lambda left: float(np.sqrt((left**2).mean())), LEAST_SPREAD)
 
 
-def explained(data: Outcomes, predicted: Floats, noise: Mapping[str, float]) -> float:
+def noise_of(data: Outcomes, predicted: Floats) -> dict[tuple[str, str], float]:
+    """Per setting the standard deviation of what a prediction (runs,) leaves within groups."""
+    left = centred(data.loss - predicted, data.group)
+    return _per_setting(data, left, lambda part: 1.4826 * float(np.median(np.abs(part))), LEAST_NOISE)
+
+
+def _per_setting(
+    data: Outcomes, values: Floats, measure: Callable[[Floats], float], least: float
+) -> dict[tuple[str, str], float]:
+    settings = data.setting
+    parts = {one: np.array([value for value, other in zip(values, settings, strict=True) if other == one]) for one in settings}
+    return {one: max(measure(part), least) for one, part in parts.items()}
+
+
+def explained(data: Outcomes, predicted: Floats, noise: PerSetting) -> float:
     """The share of the variance within groups that a prediction (runs,) explains."""
     weights = data.weights(noise)
     left, whole = centred(data.loss - predicted, data.group), centred(data.loss, data.group)
@@ -261,26 +290,29 @@ def explained(data: Outcomes, predicted: Floats, noise: Mapping[str, float]) -> 
 class Fit:
     costs: Costs
     shrinkage: float
-    noise: Mapping[str, float]                           # per family, per cent
+    spread: PerSetting                                   # the units of the losses, in per cent
+    noise: PerSetting                                    # in those units
     explained_elsewhere: float                           # of the variance within groups, each family left out in turn
 
-    def predict(self, data: Outcomes) -> Floats:
-        """Per cent of final loss (runs,), up to the intercepts of the groups."""
-        return np.asarray(data.rows[self.costs.size] @ self.costs.coefficients)
+    def explained(self, data: Outcomes) -> float:
+        """The share of the variance within groups that is predicted of other runs."""
+        return explained(data.in_units(self.spread), data.rows[self.costs.size] @ self.costs.coefficients, self.noise)
 
 
 def fit(data: Outcomes, ladder: Ladder = LADDER) -> Fit:
     """Choose size and shrinkage by leaving families out, then fit to everything."""
+    spread = spread_of(data)
+    data = data.in_units(spread)
     noise = noise_of(data, np.zeros(len(data)))
     for _ in range(FIT_ROUNDS):
         scores = {(size, which): score for size in SIZES for which, score in enumerate(_elsewhere(data, size, noise))}
         size, which = max(scores, key=lambda key: scores[key])
         coefficients = ridge(data, size, SHRINKAGES[which : which + 1], noise)[0]
         noise = noise_of(data, data.rows[size] @ coefficients)
-    return Fit(Costs(coefficients, size, ladder), SHRINKAGES[which], noise, scores[size, which])
+    return Fit(Costs(coefficients, size, ladder), SHRINKAGES[which], spread, noise, scores[size, which])
 
 
-def _elsewhere(data: Outcomes, size: float, noise: Mapping[str, float]) -> list[float]:
+def _elsewhere(data: Outcomes, size: float, noise: PerSetting) -> list[float]:
     """What each shrinkage explains of families that were left out (of one family: of groups that were)."""
     parts = data.family if len(np.unique(data.family)) > 1 else data.group
     whole, predicted = _moments(data, size, noise), np.zeros((len(SHRINKAGES), len(data)))

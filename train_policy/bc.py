@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mango.config import KNOBS
 from mango.networks import PolicyNetwork, PolicyOutput
-from mango.trunks import LstmTrunk
 from mango_env.cache import TrajectoryCache
 from train_policy.batches import Loader, Steps, check_ladder, prepare_normaliser, select_best, select_policies, split_runs
 from train_policy.fitting import TrainingInterrupted, progress_line, save_checkpoint
@@ -32,7 +31,7 @@ class BcArgs:
     top: float | None = None                             # best share of runs per setting; None: all of named teachers, else 0.25
     validation: float = 0.2                              # share of runs held out
     epochs: int = 60
-    batch_size: int = 256                                # decisions; an LSTM takes as many in whole episodes
+    batch_size: int = 256                                # decisions; a trunk with memory takes as many in whole episodes
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     patience: int = 10                                   # epochs without a better held-out accuracy before stopping
@@ -93,7 +92,7 @@ def train(
     student, best = clone(network), clone(network)
     prepare_normaliser(student, training, args.fit_normaliser, args.seed)
     best.load_state_dict(student.state_dict())
-    sequences = isinstance(student.trunk, LstmTrunk)
+    sequences = student.trunk.has_memory
     loader = Loader(training, args.batch_size, args.seed, sequences=sequences, gamma=args.gamma)
     held = Loader(validation, 4096, args.seed, sequences=sequences, gamma=args.gamma)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)

@@ -30,12 +30,13 @@ from train_policy.cli_support import (
     print_table,
     say,
 )
-from train_policy.cli_train import collect, train_app
+from train_policy.cli_train import collect, sweep, train_app
 
 PART_FAILED = 1                                          # exit code where some runs failed and the others are there
 
 app = typer.Typer(name="mango", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("collect")(guarded(collect))
+app.command("sweep")(guarded(sweep))
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 
@@ -122,6 +123,41 @@ def print_evaluation(rows: list[Any]) -> None:
                      row.gap, interval, row.gap_full, full, row.step_time_ratio, note))  # fmt: skip
     caption = "gap: held-out loss above AdamW's; full gap: above the same rule's at full precision; step time: over AdamW's"
     print_table("Held-out loss under a byte budget (mean over seeds)", columns, body, caption)
+
+
+@app.command()
+@guarded
+def ope(
+    data: Annotated[Path, typer.Option(help="a trajectory store")],
+    policy: Annotated[list[str], typer.Option(help="a name, a path, hf://..., or fixed:RUNG; repeatable")],
+    softmax: Annotated[bool, typer.Option("--softmax", help="draw rungs from the policy's probabilities")] = False,
+    gamma: Annotated[float, typer.Option(help="discount per decision; 1: the returns of mango evaluate")] = 1.0,
+    updates: Annotated[int, typer.Option(help="gradient steps of fitted Q evaluation")] = 4_000,
+    refits: Annotated[int, typer.Option(help="fits to resampled runs, for an interval; 0: none")] = 0,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Off-policy evaluation: estimate from recorded runs what a policy would return, without running it."""
+    from mango_env.cache import build_cache
+    from train_policy.ope import OpeArgs, evaluate_offline
+
+    cache, args = build_cache(data), OpeArgs(softmax, gamma, updates, refits=refits, seed=seed)
+    results = [evaluate_offline(spec, cache, args, progress=err_console.is_terminal) for spec in policy]
+    emit(json, [result.to_dict() for result in results], lambda: print_estimates(results))
+
+
+def print_estimates(results: list[Any]) -> None:
+    def line(name: str, how: str, found: Any) -> tuple[Any, ...]:
+        interval = "" if found.low is None else f"{found.low:+.4g} .. {found.high:+.4g}"
+        return name, how, found.value, interval, found.runs, found.effective, found.note
+
+    body = [line("(recorded)", "real returns", results[0].recorded)]
+    for result in results:
+        body.append(line(result.policy, "fitted Q evaluation", result.fqe))
+        body.append(line(result.policy, "importance sampling", result.importance))
+    columns = ("policy", "estimate by", "return", "95 % interval", "runs", "effective episodes", "note")
+    caption = "Rungs count as applied: a budget that forbids some changes the truth. Other layers are taken as recorded."
+    print_table(f"Estimated returns, {results[0].decides}", columns, body, caption)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`mango collect` and `mango train`: from training runs to trajectories, from trajectories to a policy."""
+"""`mango collect`, `mango train` and `mango sweep`: from training runs to trajectories, from trajectories to a policy."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,7 +120,7 @@ def bc(
     data: DataOption,
     out: OutOption,
     init: InitOption = None,
-    architecture: Annotated[str, typer.Option(help="of a new network: mlp or lstm")] = "mlp",
+    architecture: Annotated[str, typer.Option(help="of a new network: mlp, lstm or tinyformer")] = "mlp",
     policies: Annotated[str, typer.Option(help="comma-separated behaviours to imitate; default: all")] = "",
     top: Annotated[float | None, typer.Option(help="best share of runs to imitate; default: 0.25, or all of named ones")] = None,
     epochs: Annotated[int | None, typer.Option(help="at most")] = None,
@@ -150,7 +150,7 @@ def offline(
     out: OutOption,
     algo: Annotated[str, typer.Option(help="iql, awr, cql, d3rlpy-discrete-cql, d3rlpy-iql, d3rlpy-td3+bc")] = "iql",
     init: InitOption = None,
-    architecture: Annotated[str, typer.Option(help="of a new network: mlp or lstm")] = "mlp",
+    architecture: Annotated[str, typer.Option(help="of a new network: mlp, lstm or tinyformer")] = "mlp",
     updates: Annotated[int | None, typer.Option(help="gradient steps")] = None,
     head: HeadOption = "rung",
     recipe: RecipeOption = None,
@@ -207,3 +207,50 @@ def ppo(
     finally:
         env.close()
     report_stage("PPO", out, result.metrics, result.curves, json)
+
+
+def sweep(
+    space: Annotated[str, typer.Argument(help="FILE.yml with spaces by trainer, or sweep: the shipped ones")],
+    data: DataOption,
+    trainer: Annotated[str, typer.Option(help="bc or offline:ALGO: a key of the file")] = "offline:iql",
+    out: Annotated[Path, typer.Option(help="folder of sweep.json, sweep.csv and the trials' policies")] = Path("runs/sweep"),
+    trials: Annotated[int | None, typer.Option(help="default: 20, or the whole grid")] = None,
+    search: Annotated[str, typer.Option(help="random or grid")] = "random",
+    metric: Annotated[str | None, typer.Option(help="what ranks; fqe_value: off-policy evaluation; default: agreement")] = None,
+    minimise: Annotated[bool | None, typer.Option("--minimise/--maximise", help="default: losses and errors down")] = None,
+    architecture: Annotated[str, typer.Option(help="of the networks: mlp or lstm")] = "mlp",
+    recipe: RecipeOption = None,
+    change: SetOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Search hyper-parameters of a trainer; a table ranked on held-out runs. The same command goes on after Ctrl-C."""
+    from mango_env.cache import build_cache
+    from train_policy.recipes import load_recipe
+    from train_policy.sweep import SweepArgs, check_trainer
+    from train_policy.sweep import sweep as run
+
+    stage, _, algo = check_trainer(trainer).partition(":")
+    shared = {**recipe_of(stage, recipe, algo or architecture), **settings(change)}
+    args = SweepArgs(trainer, load_recipe(space, trainer), shared, architecture, trials, search, metric, minimise, seed)
+    result = run(build_cache(data), args, out, report=say, progress=err_console.is_terminal)
+
+    def tables() -> None:
+        names = list(dict.fromkeys(name for row in result.rows for name in row["settings"]))
+        body = [
+            (
+                *(str(row["rank"] or "-"), str(row["trial"]), row["metrics"].get(result.metric)),
+                *(row["settings"].get(name, "") if row["settings"] else "(recipe)" for name in names),
+                *(row["seconds"], row["error"]),
+            )
+            for row in result.rows
+        ]
+        title = f"{trainer} by {result.metric}, {'least' if result.minimise else 'most'} first"
+        columns = ("rank", "trial", result.metric, *names, "seconds", "error")
+        caption = f"wrote {result.path} and {result.path.with_suffix('.csv')}"
+        print_table(title, columns, body, caption)
+
+    emit(json, {"metric": result.metric, "trials": result.rows, "path": str(result.path)}, tables)
+    if result.failed:
+        say(f"{result.failed} of {len(result.rows)} trials failed")
+        raise typer.Exit(1)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mango.config import NVEC
 from mango.networks import PolicyNetwork
-from mango.trunks import MlpTrunk
 from mango_env.adapters import import_d3rlpy, to_d3rlpy
 from train_policy.batches import observations_of
 from train_policy.distil import adopt_values, distil, nearest_targets
@@ -92,8 +91,8 @@ def build(name: str, network: PolicyNetwork, *, batch_size: int, learning_rate: 
 
     `name`: "discrete-cql", "iql" or "td3+bc". Rewards are divided by `scale`.
     """
-    if not isinstance(network.trunk, MlpTrunk):
-        raise ValueError("d3rlpy sees single observations: it takes architecture 'mlp', got 'lstm'; use iql or awr")
+    if network.trunk.has_memory:
+        raise ValueError(f"d3rlpy sees single observations: it takes architecture 'mlp', got {network.name!r}; use iql or awr")
     d3rlpy, factory = import_d3rlpy(), register().factory(architecture=json.dumps(network.architecture))
     shared: dict[str, Any] = {
         "batch_size": batch_size,

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mango.config import LADDER, NVEC, Ladder
 from mango.networks import PolicyNetwork
-from mango.trunks import LstmTrunk
 
 LEAST_UPDATES = 300
 KNOB_SHARPNESS = 5.0                                     # of the rung probabilities whose marginals the knobs learn
@@ -62,8 +61,8 @@ def distil(
     Only heads with a target change. `updates`: None means one pass, of small data as many as make `LEAST_UPDATES`.
     Observations are (N, 64), seen one by one: a trunk with memory is refused.
     """
-    if isinstance(network.trunk, LstmTrunk):
-        raise ValueError("distillation sees single observations; an LSTM needs sequences: use architecture 'mlp'")
+    if network.trunk.has_memory:
+        raise ValueError("distillation sees single observations; a trunk with memory needs sequences: use architecture 'mlp'")
     asked = ((network.rung_head, rungs), (network.knob_head, knobs), (network.value_head, values))
     jobs = [(head, target) for head, target in asked if target is not None]
     if not jobs:

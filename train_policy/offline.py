@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from mango.config import NVEC
 from mango.networks import PolicyNetwork
-from mango.trunks import LstmTrunk, MlpTrunk
+from mango.trunks import MlpTrunk
 from mango_env.cache import TrajectoryCache
-from train_policy.additive import explained, fit, outcomes_of, teach
+from train_policy.additive import fit, outcomes_of, teach
 from train_policy.batches import Loader, Steps, check_ladder, observations_of, prepare_normaliser, split_runs
 from train_policy.bc import accuracy, imitate
 from train_policy.distil import adopt_values
@@ -39,7 +39,7 @@ class OfflineArgs:
 
     algo: str = "iql"                                    # a name in ALGOS
     updates: int = 3_000
-    batch_size: int = 256                                # decisions; an LSTM takes as many in whole episodes
+    batch_size: int = 256                                # decisions; a trunk with memory takes as many in whole episodes
     learning_rate: float = 3e-4
     gamma: float = 0.99                                  # per decision; episodes are finite, and time left is observed
     target_rate: float = 0.005                           # Polyak step of the target values
@@ -116,7 +116,7 @@ def train(
     scale = args.reward_scale if args.reward_scale is not None else reward_spread(training)
     if not scale > 0:
         raise ValueError(f"reward_scale={scale} must be above 0")
-    held = Loader(validation, 4096, args.seed, sequences=isinstance(student.trunk, LstmTrunk))
+    held = Loader(validation, 4096, args.seed, sequences=student.trunk.has_memory)
     curves: list[dict[str, float]] = []
     card = {"stage": f"offline:{args.algo}", "args": asdict(args), "training_data_digest": cache.digest}
 
@@ -286,8 +286,8 @@ def awr(task: Task) -> None:
 def cql(task: Task) -> None:
     """Conservative Q-learning over rungs (Kumar et al. 2020) with double DQN targets."""
     args, network = task.args, task.network
-    if isinstance(network.trunk, LstmTrunk):
-        raise ValueError("cql values single observations: it takes architecture 'mlp', got 'lstm'; use iql or awr")
+    if network.trunk.has_memory:
+        raise ValueError(f"cql values single observations: it takes architecture 'mlp', got {network.name!r}; use iql or awr")
     generator = torch.Generator().manual_seed(args.seed)
     trunk, head = clone(network).trunk, _head(network.trunk.features_dim, network.architecture["rungs"], generator)
     q = nn.Sequential(trunk, head)
@@ -322,13 +322,14 @@ def cql(task: Task) -> None:
 def additive(task: Task) -> None:
     """Costs of rungs from final losses by regression, distilled into the network; see `train_policy.additive`."""
     args, network = task.args, task.network
-    if isinstance(network.trunk, LstmTrunk):
-        raise ValueError("additive costs are of single observations: it takes architecture 'mlp', got 'lstm'; use iql or awr")
+    if network.trunk.has_memory:
+        raise ValueError(
+            f"additive costs are of single observations: it takes architecture 'mlp', got {network.name!r}; use iql or awr"
+        )
     found = fit(outcomes_of(task.training), task.training.header.ladder)
-    held = outcomes_of(task.validation)
     numbers = {
         "explained_elsewhere": found.explained_elsewhere,
-        "explained_held_out": explained(held, found.predict(held), found.noise),
+        "explained_held_out": found.explained(outcomes_of(task.validation)),
         "shrinkage": found.shrinkage,
         "size": found.costs.size,
     }
@@ -338,7 +339,7 @@ def additive(task: Task) -> None:
 
 
 def _loader(task: Task) -> Loader:
-    sequences = isinstance(task.network.trunk, LstmTrunk)
+    sequences = task.network.trunk.has_memory
     return Loader(task.training, task.args.batch_size, task.args.seed, sequences=sequences, gamma=task.args.gamma)
 
 

@@ -56,8 +56,8 @@ def sb3_policy_kwargs(network: PolicyNetwork) -> dict[str, Any]:
 
     Raises ValueError for a trunk with memory: SB3's PPO carries no state.
     """
-    if network.architecture["architecture"] == "lstm":
-        raise ValueError("PPO through Stable-Baselines3 carries no memory: it takes architecture 'mlp', got 'lstm'")
+    if network.trunk.has_memory:
+        raise ValueError(f"PPO through Stable-Baselines3 carries no memory: it takes architecture 'mlp', got {network.name!r}")
     import_sb3()
     from train_policy.sb3_modules import TrunkExtractor
 

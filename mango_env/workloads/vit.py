@@ -1,4 +1,4 @@
-"""`cifar10_vit`: a small vision transformer on the images of `cifar10_cnn`."""
+"""`cifar10_vit` and `mnist_vit`: a small vision transformer on the images of `cifar10_cnn` and of `mnist_mlp`."""
 
 from functools import partial
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from mango_env.workloads.base import register_workload
 from mango_env.workloads.cifar10 import CLASSES, SIDE, cifar10_images, crop_and_flip
 from mango_env.workloads.classification import Classification
-from mango_env.workloads.data import check_positive
+from mango_env.workloads.data import check_positive, data_file
+from mango_env.workloads.mnist import FILE, SOURCE, load_mnist
+from mango_env.workloads.mnist import SIDE as MNIST_SIDE
 from mango_env.workloads.transformer import Block
 
 EMBEDDING_STD = 0.2                                                            # of positions, beside Kaiming normal linear layers
@@ -64,3 +66,22 @@ def cifar10_vit(
     return Classification(
         factory, data, seed, steps=steps, batch=batch, lr=lr, augment=crop_and_flip, embedding_std=EMBEDDING_STD
     )  # fmt: skip
+
+
+@register_workload("mnist_vit")
+def mnist_vit(
+    seed: int,
+    *,
+    steps: int = 300,
+    batch: int = 16,
+    patch: int = 4,
+    width: int = 48,
+    depth: int = 2,
+    heads: int = 4,
+    val_size: int = 2000,
+    lr: float = 5e-4,
+) -> Classification:
+    """Two blocks on 7x7 patches, about 61,000 parameters."""
+    data = load_mnist(data_file(FILE, "mnist_vit", SOURCE), val_size)
+    factory = partial(VisionTransformer, 1, MNIST_SIDE, patch, width, depth, heads, CLASSES)
+    return Classification(factory, data, seed, steps=steps, batch=batch, lr=lr, embedding_std=EMBEDDING_STD)
