@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("args", "hardware", "versions", "targets")      # of a benchmark's file: no tables
-LONG = ("headroom", "ladder", "muon_formats", "runs", "shadows")  # files and tables that are too long for a README
+LONG = ("cells", "headroom", "ladder", "muon_formats", "runs", "shadows")  # files and tables that are too long for a README
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 

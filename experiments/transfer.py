@@ -4,14 +4,16 @@
 
 Every run is compared with the same rule in full precision on the same workload, seed, steps and rate. Fixed rungs run once,
 and count at every budget that their measured bytes fit; the best of them is chosen by the same runs that it is compared on,
-which favours it. The families are those that no policy was trained on (`HELD_OUT`), and one transformer wider and deeper than
-any of the training's. The file is written after every (workload, rule, seed), and a repeated command adds what is missing.
+which favours it. A budget that a model cannot have is left out there. The families are those that no policy was trained on
+(`HELD_OUT`), and one transformer wider and deeper than any of the training's. The file is written after every (workload, rule,
+seed), and a repeated command adds what is missing.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +24,7 @@ import torch
 from benchmarks.record import earlier_runs, parse, stamp, write
 from mango.config import LADDER
 from mango.policy_file import FrozenPolicy
+from mango_env.run import TrainingRun
 from train_policy.evaluate import EvaluationArgs, evaluate, policy_of, spec_name
 from train_policy.gate import bootstrap_interval
 
@@ -66,6 +69,16 @@ def weights_of(spec: str) -> str:
     return policy.metadata["weights_sha256"][:12] if isinstance(policy, FrozenPolicy) else ""
 
 
+@cache
+def possible(workload: str, rule: str, budget: float) -> bool:
+    """Whether a model can be trained under a budget at all: of a small one, what is never compressed may be too much."""
+    try:
+        TrainingRun(workload, 0, horizon=1, rule=rule, memory_budget=budget)
+    except ValueError:
+        return False
+    return True
+
+
 def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -80,11 +93,12 @@ def units(args: Args, runs: Sequence[dict[str, Any]]) -> Iterator[Unit]:
             for rule in names(args.rules):
                 fixed = [f"fixed:{rung}" for rung in names(args.fixed)]
                 fixed = [spec for spec in fixed if (work, rule, seed, spec, "", UNLIMITED) not in have]
+                sizes = [size for size in budgets if possible(work, rule, size)]
                 missing = [
-                    (spec, tuple(size for size in budgets if (work, rule, seed, spec_name(spec), digest, size) not in have))
+                    (spec, tuple(size for size in sizes if (work, rule, seed, spec_name(spec), digest, size) not in have))
                     for spec, digest in weights.items()
                 ]
-                wanted = tuple((spec, sizes) for spec, sizes in missing if sizes)
+                wanted = tuple((spec, left) for spec, left in missing if left)
                 if fixed or wanted:
                     yield Unit(work, rule, seed, tuple(fixed), wanted, args)
 

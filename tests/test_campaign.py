@@ -41,6 +41,8 @@ def test_a_run_is_a_function_of_the_ranges_and_its_number(tmp_path: Path) -> Non
     jobs = [campaign.job(n) for n in range(30)]
     assert jobs == [small(tmp_path, runs=99).job(n) for n in range(30)] and campaign.digest == small(tmp_path, runs=99).digest
     assert len({job.run_id for job in jobs}) == 30
+    few = [small(tmp_path, seeds=2).job(n) for n in range(30)]
+    assert len({job.run_id for job in few}) == 30 and {job.seed for job in few} == {0, 1}     # the same run is decided anew
     assert {job.run_id for job in jobs}.isdisjoint(small(tmp_path, seed=4).job(n).run_id for n in range(30))
 
 

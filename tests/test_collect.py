@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from mango.config import FULL, LADDER
+from mango.features import FEATURE_INDEX
 from mango.policies import FixedPolicy, WaterFillingPolicy
 from mango_env.dataset import TrajectoryDataset, recorded_layers
 from mango_env.recorder import record_run
 from mango_env.reward import Reward
 from mango_env.run import TrainingRun
 from tests.tiny_workload import tiny
-from train_policy.behaviours import ExploringPolicy, RandomKnobsPolicy, behaviours
+from train_policy.behaviours import ExploringPolicy, FactorialPolicy, RandomKnobsPolicy, behaviours
 from train_policy.collect import CollectArgs, collect
 from train_policy.oracle import OraclePolicy, affordable
 
@@ -161,6 +162,24 @@ def test_random_knobs_keep_an_action_for_a_while() -> None:
     first, second = policy.act(seen), policy.act(seen)
     kept = np.mean([a == b for a, b in zip(first, second, strict=True)])
     assert 0.65 < kept < 0.85 and len(set(first)) > 350
+
+
+def test_the_designed_experiment_keeps_a_draw_for_a_phase_and_shares_it_within_kinds_in_half_of_the_runs() -> None:
+    seen = torch.zeros(6, 64)
+    seen[:3, FEATURE_INDEX["kind_conv"]] = seen[3:, FEATURE_INDEX["kind_head"]] = 1
+    shared = cheap = 0
+    for seed in range(200):
+        policy = FactorialPolicy(seed=seed)
+        early = policy.act(seen)
+        assert policy.act(seen) == early                              # the same phase
+        seen[:, FEATURE_INDEX["progress"]] = 0.5
+        late = policy.act(seen)
+        seen[:, FEATURE_INDEX["progress"]] = 0.0
+        same_kind = len(set(early[:3])) == len(set(early[3:])) == len(set(late[:3])) == len(set(late[3:])) == 1
+        shared += same_kind
+        cheap += early[0].name == "m0v0"
+        policy.reset()
+    assert 70 < shared < 130 and 30 < cheap < 80                      # of 200: half, and 6 in 26
 
 
 def test_j6_the_oracle_measures_every_affordable_rung_and_leaves_the_run_as_it_was() -> None:

@@ -5,8 +5,8 @@ al. 2018) it is taken as a sum over layers and decisions, here of linear functio
 decision is made (early, late), what is kept of each moment, and the errors that were measured. Runs whose allocations were
 drawn at random (`factorial` in `train_policy.behaviours`) tell the terms apart; runs of one workload, seed and rate are
 compared with each other and with their twin alone, in units of what allocations at random differ by there. Coefficients are
-shrunk (ridge), the special ones more than the general ones, so a kind that was seen rarely borrows from the others; how much is
-chosen by leaving whole workload families out.
+shrunk (ridge), the special ones more than the general ones and those of fine formats more than those of coarse ones, so a kind
+that was seen rarely borrows from the others; how much is chosen by leaving whole workload families out.
 
 The costs add up over layers, so minus the cost is a score, and the optimizer's knapsack picks the allocation of least
 predicted loss for every budget. `additive` fits them and distils them into the network: a Monte-Carlo estimate of the action
@@ -38,16 +38,17 @@ PerSetting = Mapping[tuple[str, str], float]              # by family and rule
 RANKS = (1, 4, 8, 32, 128)
 MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), "2 bits", "4 bits", "6 bits", "8 bits")     # 16 and more cost nothing
 VARIANCE = ("factors", "4 bits", "8 bits")
-CONTEXTS = 1 + len(RULES) + len(KINDS) + len(KINDS) * len(RULES)
-MOMENTUM_SHRINKAGE = np.repeat([1.0, 2.0, 2.0, 4.0], [1, len(RULES), len(KINDS), len(KINDS) * len(RULES)])
-VARIANCE_SHRINKAGE = np.repeat([1.0, 2.0], [1, len(KINDS)])
+MOMENTUM_PRIOR = (*[1.0] * (1 + len(RANKS)), 1.0, 4.0, 32.0, 64.0)           # shrinkage by level: fine rounding costs little
+VARIANCE_PRIOR = (8.0, 32.0, 64.0)
+CONTEXT_PRIOR = np.repeat([1.0, 2.0, 2.0, 4.0], [1, len(RULES), len(KINDS), len(KINDS) * len(RULES)])
+KIND_PRIOR = np.repeat([1.0, 2.0], [1, len(KINDS)])
 SHRINKAGES = tuple(10.0**power for power in np.arange(-3, 2.5, 0.5))         # the grid of the cross-validation
 SIZES = (0.0, 0.5, 1.0)                                  # a layer weighs as its share of the parameters to this power
 WORST, BEST = 20.0, -10.0                                # per cent of loss that a run is charged at most and at least
 LARGEST_ERROR = 2.0                                      # of a stored moment that the regression believes
 LEAST_SPREAD = 0.2                                       # per cent that losses differ by
 LEAST_NOISE = 0.3                                        # of that spread; without it one quiet family would decide alone
-FIT_ROUNDS = 2                                           # of the families' weights, by what is left unexplained in them
+FIT_ROUNDS = 3                                           # of the families' weights, by what is left unexplained in them
 SHARED = ("workload", "seed", "rule", "lr", "horizon", "schedule", "matrix_lr_scale", "interval")      # by runs of a group
 
 
@@ -77,12 +78,19 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     context = torch.cat([one, rules, kinds, _outer(kinds, rules)], 1)
     early_late, scales_steps = hats(obs), rules[:, [RULES.index("adamw")]]     # other rules keep no second moment
     momentum, momentum_error = _level(obs, rungs, [momentum_level(rung) for rung in ladder], len(MOMENTUM), _momentum_errors(obs))
+    momentum = momentum * torch.cat([one, shortfall(obs), torch.ones(len(obs), 4)], 1)
     variance, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
         _outer(variance * scales_steps, _outer(early_late, torch.cat([one, kinds], 1))),
         early_late * momentum_error, early_late * variance_error * scales_steps,
     ], 1)  # fmt: skip
+
+
+def shortfall(obs: Tensor) -> Tensor:
+    """The share of a layer's directions (N, ranks) that a subspace of each rank in `RANKS` leaves out."""
+    side = (10 ** ((feature(obs, "numel") - feature(obs, "aspect")) / 2)).clamp(min=1)       # the shorter one
+    return (1 - torch.tensor(RANKS) / side[:, None]).clamp(min=0)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -102,7 +110,9 @@ def _squared(obs: Tensor, name: str) -> Tensor:
 
 def _momentum_errors(obs: Tensor) -> Tensor:
     nothing = torch.zeros(len(obs))
-    ranks = [feature(obs, "error_rank_1" if rank < 8 else "error_rank_8").square() for rank in RANKS]
+    left = shortfall(obs)                                                            # the tail is taken as flat
+    tails = [feature(obs, f"error_rank_{RANKS[at]}").square() / left[:, at].clamp(min=1e-3) for at in (0, 2)]
+    ranks = [tails[rank >= 8].clamp(max=1) * left[:, at] for at, rank in enumerate(RANKS)]
     bits = [_squared(obs, "error_momentum_2"), _squared(obs, "error_momentum_4"), nothing, _squared(obs, "error_momentum_8")]
     return torch.stack([nothing, *ranks, *bits], 1)
 
@@ -111,8 +121,8 @@ def _variance_errors(obs: Tensor) -> Tensor:
     return torch.stack([_squared(obs, f"error_variance_{bits}") for bits in (0, 4, 8)], 1)
 
 
-SHRINKAGE = np.concatenate([
-    np.tile(MOMENTUM_SHRINKAGE, 2 * len(MOMENTUM)), np.tile(VARIANCE_SHRINKAGE, 2 * len(VARIANCE)), [2.0, 2.0, 2.0, 2.0],
+SHRINKAGE = np.concatenate([                              # (D,) by regressor, in the order of `design`
+    np.kron(MOMENTUM_PRIOR, np.tile(CONTEXT_PRIOR, 2)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0],
 ])  # fmt: skip
 
 

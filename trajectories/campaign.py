@@ -120,7 +120,7 @@ class Campaign:
         args = CollectArgs(
             horizon=_one_of(generator, self.horizon), interval=_one_of(generator, self.interval), rule=rule,
             schedule=_weighted(generator, self.schedules), matrix_lr_scale=self.rules[rule].matrix_lr_scale,
-            reward=self.reward, seed=self.seed,
+            reward=self.reward, seed=int(generator.integers(2**31)),
         )  # fmt: skip
         factor, budget = self.lr_factor.draw(generator) * self.rules[rule].lr, _one_of(generator, self.budgets)
         usual, least = facts_of(workload, rule)
