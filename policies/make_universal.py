@@ -21,7 +21,8 @@ from mango.policy_file import freeze, load_policy
 from mango_env.cache import TrajectoryCache, build_cache
 from mango_env.reward import Reward
 from mango_env.validate import validate
-from train_policy import bc, offline
+from train_policy import additive, bc, offline
+from train_policy.batches import observations_of
 from train_policy.cli_support import write_json
 from train_policy.evaluate import EvaluationArgs, evaluate
 from train_policy.fitting import save_checkpoint
@@ -154,6 +155,7 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
     root.mkdir(parents=True, exist_ok=True)
     campaign, cache = record(scale, root, workers)
     standing, gates = learn(scale, root, cache, workers)
+    fitted = additive.fit(additive.outcomes_of(cache))
     card = {
         "description": "One rung per layer under a byte budget, for any model; scores are minus what a rung costs in final loss.",
         "licence": "MIT",
@@ -163,6 +165,8 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
         "training_data_digest": cache.digest,
         "campaign_digest": campaign.digest,
         "runs": len(set(cache.attributes["run_id"])),
+        "explained_elsewhere": fitted.explained_elsewhere,
+        "costs": additive.described(fitted.costs, observations_of(cache)),
         "gates": [{key: gate[key] for key in ("policy", "against", "accepted", "reason")} for gate in gates],
         "limits": "Learned from runs of 160 steps of models below half a million parameters, under Muon and AdamW.",
     }

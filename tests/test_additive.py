@@ -20,6 +20,7 @@ from train_policy.additive import (
     AdditivePolicy,
     Costs,
     Outcomes,
+    described,
     design,
     fit,
     mixed,
@@ -77,6 +78,13 @@ def test_nothing_is_charged_for_full_precision() -> None:
     costs = Costs(np.ones(len(SHRINKAGE)), size=0.0)(obs)
     assert torch.equal(costs[:, FULL], torch.zeros(len(KINDS)))
     assert torch.equal(costs[:, LADDER.index("m16v16")], torch.zeros(len(KINDS))) and bool((costs[:, NONE] > 0).all())
+
+
+def test_costs_are_described_by_rule_and_half() -> None:
+    obs = torch.cat([layers(progress=0.0), layers(progress=0.75)])
+    rows = described(Costs(np.ones(len(SHRINKAGE)), size=0.0), obs)
+    assert [(row["rule"], row["half"]) for row in rows] == [("muon", "first"), ("muon", "second")]
+    assert rows[0]["full"] == 0 and rows[0]["m0v0"] > 0 and set(LADDER.names) < set(rows[0])
 
 
 def test_a_rule_without_second_moment_pays_nothing_for_it() -> None:

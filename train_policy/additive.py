@@ -16,6 +16,7 @@ values of the recorded behaviour and one step of improvement on it (Brandfonbren
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -332,6 +333,20 @@ def _elsewhere(data: Outcomes, size: float, noise: PerSetting) -> list[float]:
         for row, coefficients in zip(predicted, _solve((whole[0] - own[0], whole[1] - own[1]), SHRINKAGES), strict=True):
             row[held] = data.rows[size][held] @ coefficients
     return [explained(data, row, noise) for row in predicted]
+
+
+def described(costs: Costs, obs: Tensor) -> list[dict[str, Any]]:
+    """What the rungs cost on average over observations (N, 64), by rule and half of the run, for a layer that is all there is."""
+    found = costs(obs) / weight_of(obs, costs.size)[:, None]
+    late = feature(obs, "progress") >= 0.5
+    rows = []
+    for rule in RULES:
+        for half, here in (("first", ~late), ("second", late)):
+            chosen = found[here & (feature(obs, f"rule_{rule}") > 0)]
+            if len(chosen):
+                means = dict(zip(costs.ladder.names, (round(float(cost), 3) for cost in chosen.mean(0)), strict=True))
+                rows.append({"rule": rule, "half": half, **means})
+    return rows
 
 
 def mixed(obs: Tensor, generator: torch.Generator) -> Tensor:
