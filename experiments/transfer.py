@@ -10,7 +10,7 @@ seed), and a repeated command adds what is missing.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -147,6 +147,7 @@ def cells(runs: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
                     found.append({
                         "workload": work, "rule": rule, "budget": size, "policy": policy, "seeds": len(known),
                         "failed": len(gaps) - len(known), "gap_percent": fmean(known.values()) if known else None,
+                        "fixed": {name: fmean(one.values()) for name, one in rungs.items()},
                         "best_fixed": best, "best_fixed_gap_percent": fmean(rungs[best].values()) if best else None,
                         "difference": fmean(paired) if paired else None,
                         "within_budget": all(run["within_budget"] for run in at if run["policy"] == policy),
@@ -165,32 +166,44 @@ def _fitting(runs: Sequence[dict[str, Any]], seeds: Sequence[int], limit: int) -
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per budget and policy, over workloads and rules: mean gaps, the interval of the mean difference, the worst cell."""
+    """Per budget and policy, over workloads and rules: mean gaps, and beside them those of fixed rungs of equal bytes.
+
+    `above` counts only what is lost: a loss below full precision's is as good as equal. `best_fixed` is another rung in every
+    cell, chosen in hindsight; `one_fixed` the one rung that loses least over all cells, which is what a user could choose.
+    """
     found = []
     for size in dict.fromkeys(row["budget"] for row in rows):
-        for policy in dict.fromkeys(row["policy"] for row in rows):
-            cases = [row for row in rows if (row["budget"], row["policy"]) == (size, policy) and row["difference"] is not None]
-            if not cases:
-                continue
+        here = [row for row in rows if row["budget"] == size and row["difference"] is not None]
+        names_of = [set(row["fixed"]) for row in here]
+        shared = {name: _above(row["fixed"][name] for row in here) for name in set.intersection(*names_of)} if here else {}
+        one = min(shared, key=lambda name: shared[name], default=None)
+        for policy in dict.fromkeys(row["policy"] for row in here):
+            cases = [row for row in here if row["policy"] == policy]
             differences = [row["difference"] for row in cases]
             low, high = bootstrap_interval(differences) if len(cases) > 1 else (differences[0], differences[0])
             worst = max(cases, key=lambda row: row["difference"])
             found.append({
-                "budget": size, "policy": policy, "cases": len(cases), "gap_percent": fmean(row["gap_percent"] for row in cases),
-                "best_fixed_gap_percent": fmean(row["best_fixed_gap_percent"] for row in cases),
+                "budget": size, "policy": policy, "cases": len(cases),
+                "gap_percent": fmean(row["gap_percent"] for row in cases), "above": _above(row["gap_percent"] for row in cases),
+                "best_fixed_above": _above(row["best_fixed_gap_percent"] for row in cases),
+                "one_fixed": one, "one_fixed_above": _above(row["fixed"][one] for row in cases) if one else None,
                 "difference": fmean(differences), "difference_low": low, "difference_high": high,
                 "worst": worst["difference"], "worst_case": f"{worst['workload']} {worst['rule']}",
-                "failed": sum(row["failed"] for row in rows if (row["budget"], row["policy"]) == (size, policy)),
+                "worst_gap_percent": max(row["gap_percent"] for row in cases), "failed": sum(row["failed"] for row in cases),
             })  # fmt: skip
     return found
 
 
+def _above(gaps: Iterable[float]) -> float:
+    return fmean(max(gap, 0.0) for gap in gaps)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["budget    policy               gap %   best fixed %   difference %             worst cell"]
+    lines = ["budget    policy              loss above full %   one fixed rung for all    best in hindsight    worst gap"]
     for row in rows:
-        span = f"[{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]"
-        gaps = f"{row['gap_percent']:+7.2f}   {row['best_fixed_gap_percent']:+10.2f}   {row['difference']:+9.2f}"
-        lines.append(f"{row['budget']:<9g} {row['policy']:18s} {gaps} {span:17s}  {row['worst']:+.2f} {row['worst_case']}")
+        one = f"{row['one_fixed']} {row['one_fixed_above']:.2f}" if row["one_fixed"] else "none"
+        best, worst = f"{row['best_fixed_above']:18.2f}", f"{row['worst_gap_percent']:+10.2f}"
+        lines.append(f"{row['budget']:<9g} {row['policy']:18s} {row['above']:17.2f}   {one:>22s}   {best}   {worst}")
     return "\n".join(lines)
 
 
@@ -206,6 +219,7 @@ def train(args: Args) -> Path:
         rows = cells(runs, args)
         write(args.out, head | {"runs": runs, "cells": rows, "totals": totals(rows)})
 
+    keep([])
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
         running: dict[Future[list[dict[str, Any]]], Unit] = {}
         while waiting or running:
