@@ -118,7 +118,7 @@ def tune(scale: Scale, root: Path, standing: str) -> PolicyNetwork:
 
 
 def score(scale: Scale, path: Path, workers: int) -> dict[tuple[str, str, int, float], float]:
-    """Minus the gap to full precision in per cent, per run of the gate."""
+    """Minus the per cent of loss above full precision's, per run of the gate; being below it is no merit (it is luck)."""
     found: dict[tuple[str, str, int, float], float] = {}
     for rule in ("adamw", "muon"):
         settings = EvaluationArgs(
@@ -127,7 +127,8 @@ def score(scale: Scale, path: Path, workers: int) -> dict[tuple[str, str, int, f
         )  # fmt: skip
         seeds = [GATE_SEED + i for i in range(scale.gate_seeds)]
         rows = evaluate(path, list(scale.gate_workloads), list(scale.gate_budgets), seeds, settings, workers=workers)
-        found |= {(r.workload, rule, r.seed, float(r.budget)): float("nan") if r.gap_full is None else -r.gap_full for r in rows}
+        lost = [float("nan") if row.gap_full is None else max(row.gap_full, 0.0) for row in rows]
+        found |= {(row.workload, rule, row.seed, float(row.budget)): -loss for row, loss in zip(rows, lost, strict=True)}
     return found
 
 
