@@ -53,10 +53,10 @@ bench: $(READY)      ## the benchmarks, one after another; results go to benchma
 	@set -e; for program in $$(grep -l __main__ benchmarks/*.py); do echo "== $$program"; $(BIN)/python -m "benchmarks.$$(basename $$program .py)"; done
 
 policies: $(READY)   ## the shipped policy from seeds: record, learn, gate, freeze, evaluate (hours); needs MANGO_DATA
-	$(BIN)/python -m policies.make_universal --root runs/universal
+	$(BIN)/python -m experiments.make_universal --root runs/universal
 
 policies-small: $(READY)  ## the same in a quarter of an hour, without data to get; the policy goes to runs/universal-small
-	$(BIN)/python -m policies.make_universal --root runs/universal-small --out runs/universal-small --small
+	$(BIN)/python -m experiments.make_universal --root runs/universal-small --out runs/universal-small --small
 
 clean:               ## remove the environment, builds, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs demo.json

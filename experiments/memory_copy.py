@@ -110,7 +110,7 @@ def main() -> None:
                 }
                 if find_run(runs, facts) is None:
                     runs.append(facts | run(NETWORKS[name], args, rate, seed) | {"by": stamp(args)})
-                    write(args.out, {"runs": runs})
+                    write(args.out, stamp(args) | {"runs": runs})
                 done = find_run(runs, facts) or {}
                 print(f"{name:<12} rate {rate:<6g} seed {seed}: accuracy {done['accuracy']:.3f}", flush=True)
     print(json.dumps(best(runs, args), indent=1))

@@ -169,7 +169,7 @@ def test_both_budgets_hold_while_configs_change(
 ) -> None:
     model = network()
     optimizer = MANGO(
-        model.named_parameters(), policy=policy, memory_budget=0.35, page_to=tmp_path, page_budget=page_budget,
+        model.named_parameters(), policy=policy, memory_budget=0.25, page_to=tmp_path, page_budget=page_budget,
         policy_update_freq=2, release_gradients=release, seed=3,
     )  # fmt: skip
     seen = set()

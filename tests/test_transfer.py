@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from experiments import transfer
+from experiments import make_universal, transfer
 from mango.policy_file import load_policy
-from policies import make_universal
 
 ARGS = transfer.Args(
     workloads="digits_mlp", rules="adamw", budgets="0.25", policies="water-filling", fixed="m0v0,m4v0,m8v8", seeds=2, steps=6,

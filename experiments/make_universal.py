@@ -1,7 +1,7 @@
 """Makes the shipped policy `universal` from seeds: record, learn in stages, gate, freeze, evaluate where it never was.
 
-    python -m policies.make_universal --root runs/universal                 # hours on 2 cores
-    python -m policies.make_universal --root runs/universal --small         # a quarter of an hour, without any download
+    python -m experiments.make_universal --root runs/universal                 # hours on 2 cores
+    python -m experiments.make_universal --root runs/universal --small         # a quarter of an hour, without any download
 
 Every step goes on where it stopped. `<root>/data` has the trajectories, `<root>/*.safetensors` the stages, `<root>/gates.json`
 what was decided between them, `<root>/transfer.json` the evaluation on held-out families (experiments/transfer.py), and
@@ -30,8 +30,8 @@ from train_policy.gate import decide
 from train_policy.provenance import about
 from trajectories.campaign import Campaign, read_campaign, run_campaign
 
-HERE = Path(__file__).parent
-CONFIG = HERE.parent / "trajectories" / "universal.yml"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "trajectories" / "universal.yml"
 NAME = "universal"
 LOSS_ALONE = Reward(beta=0.0, gamma=0.0)                 # the budget is hard: what is left to decide is the loss
 GATE_SEED = 1000                                         # the first seed of the gate; the campaign's are below
@@ -160,7 +160,7 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
     card = {
         "description": "One rung per layer under a byte budget, for any model; scores are minus what a rung costs in final loss.",
         "licence": "MIT",
-        "made": about("python -m policies.make_universal"),
+        "made": about("python -m experiments.make_universal"),
         "stage": standing,
         "trained_on": sorted(campaign.families),
         "training_data_digest": cache.digest,
@@ -189,7 +189,7 @@ def evaluation_of(study: Path) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder of everything in between")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the frozen policy; default: policies")
+    parser.add_argument("--out", type=Path, default=ROOT / "policies", help="folder of the frozen policy; default: policies")
     parser.add_argument("--small", action="store_true", help="no download, a quarter of an hour")
     parser.add_argument("--workers", type=int, default=2, help="processes; default 2")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no evaluation after so many; called again it goes on")
