@@ -30,8 +30,8 @@ from torch import Generator
 
 from benchmarks.record import parse, stamp, write
 from mango.config import LADDER, CompressionConfig
-from mango.policies import ScoringPolicy
 from mango.policy_choice import as_policy
+from mango_env.recorder import choose
 from mango_env.run import TrainingRun
 from mango_env.workloads import make_workload
 from mango_env.workloads.base import ResumableWorkload
@@ -78,9 +78,7 @@ def watch(workload: str, seed: int, args: Args) -> dict[str, Any]:
     record: dict[str, list[Any]] = {name: [] for name in MEASURED}
     peak = 0
     while not run.done:
-        observation = torch.from_numpy(run.observe())
-        chosen = policy.scores(observation) if isinstance(policy, ScoringPolicy) else policy.act(observation)
-        applied = run.apply(chosen)
+        applied = run.apply(choose(policy, run, run.observe()))
         held = np.array(run.optimizer.allocator.nbytes(applied))
         fixed.model.load_state_dict(run.model.state_dict())
         fixed.load_state_dict(first_batch)

@@ -24,7 +24,7 @@ from mango_env.validate import validate
 from train_policy import additive, bc, offline
 from train_policy.batches import observations_of
 from train_policy.cli_support import write_json
-from train_policy.evaluate import EvaluationArgs, evaluate
+from train_policy.evaluate import evaluate
 from train_policy.fitting import save_checkpoint
 from train_policy.gate import decide
 from train_policy.provenance import about
@@ -121,10 +121,7 @@ def score(scale: Scale, path: Path, workers: int) -> dict[tuple[str, str, int, f
     """Minus the per cent of loss above full precision's, per run of the gate; being below it is no merit (it is luck)."""
     found: dict[tuple[str, str, int, float], float] = {}
     for rule in ("adamw", "muon"):
-        settings = EvaluationArgs(
-            horizon=scale.study.steps // 2, interval=scale.study.interval, rule=rule, schedule=scale.study.schedule,
-            matrix_lr_scale=scale.study.matrix_lr_scale if rule == "muon" else 1.0,
-        )  # fmt: skip
+        settings = transfer.settings_of(replace(scale.study, steps=scale.study.steps // 2), rule)
         seeds = [GATE_SEED + i for i in range(scale.gate_seeds)]
         rows = evaluate(path, list(scale.gate_workloads), list(scale.gate_budgets), seeds, settings, workers=workers)
         lost = [float("nan") if row.gap_full is None else max(row.gap_full, 0.0) for row in rows]
@@ -156,6 +153,7 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
     root.mkdir(parents=True, exist_ok=True)
     campaign, cache = record(scale, root, workers)
     standing, gates = learn(scale, root, cache, workers)
+    steps, rules = (" or ".join(map(str, drawn)) for drawn in (campaign.horizon, campaign.rules))
     fitted = additive.fit(additive.outcomes_of(cache))
     card = {
         "description": "One rung per layer under a byte budget, for any model; scores are minus what a rung costs in final loss.",
@@ -169,7 +167,7 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
         "explained_elsewhere": fitted.explained_elsewhere,
         "costs": additive.described(fitted.costs, observations_of(cache)),
         "gates": [{key: gate[key] for key in ("policy", "against", "accepted", "reason")} for gate in gates],
-        "limits": "Learned from runs of 160 steps of models below half a million parameters, under Muon and AdamW.",
+        "limits": f"Learned from runs of {steps} steps of models below half a million parameters, under {rules}.",
     }
     network = load_policy(root / f"{standing}.safetensors").network
     path = freeze(network, out / NAME, card=card)

@@ -108,10 +108,12 @@ def main() -> None:
                 facts = {"network": name, "rate": rate, "seed": seed} | {
                     fact: getattr(args, fact) for fact in ("lag", "shown", "batch", "updates")
                 }
-                if find_run(runs, facts) is None:
-                    runs.append(facts | run(NETWORKS[name], args, rate, seed) | {"by": stamp(args)})
-                    write(args.out, stamp(args) | {"runs": runs})
-                done = find_run(runs, facts) or {}
+                done = find_run(runs, facts)
+                if done is None:
+                    head = stamp(args)
+                    done = facts | run(NETWORKS[name], args, rate, seed) | {"by": head}
+                    runs.append(done)
+                    write(args.out, head | {"runs": runs})
                 print(f"{name:<12} rate {rate:<6g} seed {seed}: accuracy {done['accuracy']:.3f}", flush=True)
     print(json.dumps(best(runs, args), indent=1))
 

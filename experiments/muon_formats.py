@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import find_run, parse, stamp, write
 from mango.blockwise import NF4_LEVELS
 from mango.codecs import CODECS, from_blocks, safe, to_blocks
 from mango_env.workloads.data import data_file
@@ -420,7 +420,7 @@ def train(args: Args) -> Path:
                 for name in names:
                     key = {"format": name, "data": data, "lr": lr, "adam_lr": args.adam_lr, "seed": seed, "steps": args.steps,
                            "width": args.width}  # fmt: skip
-                    if any(all(r[k] == v for k, v in key.items()) for r in runs):
+                    if find_run(runs, key):
                         continue
                     row = run(args, name, data, lr, seed)
                     runs.append(row)

@@ -26,6 +26,7 @@ from mango.config import LADDER
 from mango.policy_file import FrozenPolicy
 from mango_env.run import TrainingRun
 from train_policy.evaluate import EvaluationArgs, evaluate, policy_of, spec_name
+from train_policy.evaluation_rows import percent_above
 from train_policy.gate import bootstrap_interval
 
 FACTS = ("workload", "rule", "seed", "policy", "weights", "budget")
@@ -103,14 +104,18 @@ def units(args: Args, runs: Sequence[dict[str, Any]]) -> Iterator[Unit]:
                     yield Unit(work, rule, seed, tuple(fixed), wanted, args)
 
 
+def settings_of(args: Args, rule: str) -> EvaluationArgs:
+    """How runs of a rule are trained."""
+    scale = args.matrix_lr_scale if rule == "muon" else 1.0
+    return EvaluationArgs(
+        horizon=args.steps, interval=args.interval, rule=rule, schedule=args.schedule, matrix_lr_scale=scale
+    )
+
+
 def measure(unit: Unit) -> list[dict[str, Any]]:
     """Train them, one after another."""
     torch.set_num_threads(1)
-    a = unit.args
-    settings = EvaluationArgs(
-        horizon=a.steps, interval=a.interval, rule=unit.rule, schedule=a.schedule,
-        matrix_lr_scale=a.matrix_lr_scale if unit.rule == "muon" else 1.0,
-    )  # fmt: skip
+    settings = settings_of(unit.args, unit.rule)
     found: list[dict[str, Any]] = []
     for specs, sizes in [([*unit.fixed], (UNLIMITED,)), *(([spec], sizes) for spec, sizes in unit.policies)]:
         facts = {"rule": unit.rule, "weights": weights_of(specs[0]) if specs else ""}
@@ -121,9 +126,7 @@ def measure(unit: Unit) -> list[dict[str, Any]]:
 
 def gap(run: dict[str, Any]) -> float | None:
     """Per cent of loss above the same rule's full precision; None where a run failed."""
-    if run["val_loss"] is None or not run["val_loss_full"]:
-        return None
-    return float(100 * (run["val_loss"] / run["val_loss_full"] - 1))
+    return percent_above(run["val_loss"], run["val_loss_full"])
 
 
 def cells(runs: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango.features import FEATURE_INDEX, FEATURES, RULES
-from mango.policies import WaterFillingPolicy, as_action, feature, register_policy
+from mango.policies import WaterFillingPolicy, best_scored, feature, register_policy
 from mango.state import StorageOptions, predicted_bytes
 
 MEASURED_BITS = (8, 4, 2)                    # of a first moment, whose errors are features
@@ -43,8 +43,7 @@ class SensitivityPolicy:
         return -_squared_norms(obs)[:, None] * error
 
     def act(self, obs: Tensor) -> Tensor:
-        """Knob indices of the best-scored rung, as if there were no budget; of equals the cheapest (first)."""
-        return as_action([self.ladder[int(rung)] for rung in self.scores(obs).argmax(1)])
+        return best_scored(self.scores(obs), self.ladder)
 
     def reset(self) -> None:
         """Nothing is remembered."""

@@ -54,6 +54,11 @@ def as_action(configs: Sequence[CompressionConfig]) -> Tensor:
     return torch.tensor([config.to_action() for config in configs], dtype=torch.int64).reshape(-1, len(KNOBS))
 
 
+def best_scored(scores: Tensor, ladder: Ladder) -> Tensor:
+    """Knob indices (L, K) of each layer's best-scored rung, as if there were no budget; of equals the cheapest (first)."""
+    return as_action([ladder[int(rung)] for rung in scores.argmax(1)])
+
+
 SMALL = CompressionConfig(momentum_bits=4, variance_bits=0)
 
 
@@ -216,8 +221,7 @@ class WaterFillingPolicy:
         return moment + cls.VARIANCE * variance
 
     def act(self, obs: Tensor) -> Tensor:
-        """Knob indices of the best-scored rung, as if there were no budget; of equals the cheapest (first)."""
-        return as_action([self.ladder[int(rung)] for rung in self.scores(obs).argmax(1)])
+        return best_scored(self.scores(obs), self.ladder)
 
     def reset(self) -> None:
         """Nothing is remembered."""

@@ -28,10 +28,10 @@ from torch import Tensor
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango.features import FEATURES, KINDS, RULES
 from mango.networks import PolicyNetwork
-from mango.policies import as_action, feature
+from mango.policies import best_scored, feature
 from mango_env.cache import TrajectoryCache
 from mango_env.workloads import split_options
-from train_policy.batches import runs_of
+from train_policy.batches import group_sums, runs_of
 from train_policy.distil import KNOB_SHARPNESS, distil, knob_marginals
 
 Floats = NDArray[np.float64]
@@ -80,7 +80,7 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     context = torch.cat([one, rules, kinds, _outer(kinds, rules)], 1)
     early_late, scales_steps = hats(obs), rules[:, [RULES.index("adamw")]]     # other rules keep no second moment
     momentum, momentum_error = _level(obs, rungs, [momentum_level(rung) for rung in ladder], len(MOMENTUM), _momentum_errors(obs))
-    momentum = momentum * torch.cat([one, shortfall(obs), torch.ones(len(obs), 4)], 1)
+    momentum[:, 1 : 1 + len(RANKS)] *= shortfall(obs)
     variance, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
@@ -164,8 +164,7 @@ class AdditivePolicy:
         return -self.costs(obs)
 
     def act(self, obs: Tensor) -> Tensor:
-        """Knob indices (L, 7) of the best rung, as if there were no budget."""
-        return as_action([self.costs.ladder[int(rung)] for rung in self.scores(obs).argmax(1)])
+        return best_scored(self.scores(obs), self.costs.ladder)
 
     def reset(self) -> None:
         """Nothing is remembered."""
@@ -273,9 +272,7 @@ def _solve(moments: tuple[Floats, Floats], shrinkages: Sequence[float]) -> list[
 def centred(values: Floats, group: NDArray[np.int64]) -> Floats:
     """Values (runs, ...) without the means of their groups."""
     _, number, count = np.unique(group, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(count), *values.shape[1:]))
-    np.add.at(sums, number, values)
-    return np.asarray(values - (sums.T / count).T[number])
+    return np.asarray(values - (group_sums(values, number).T / count).T[number])
 
 
 def spread_of(data: Outcomes) -> dict[tuple[str, str], float]:

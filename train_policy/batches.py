@@ -125,6 +125,13 @@ def runs_of(cache: TrajectoryCache) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(run, len(numbers)) for run in cache.attributes["run_id"]], np.int64)
 
 
+def group_sums(values: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums of the rows (N, ...) of each group (G, ...); groups (N,) are numbered from 0."""
+    found = np.zeros((int(groups.max()) + 1, *values.shape[1:]))
+    np.add.at(found, groups, values)
+    return found
+
+
 def run_returns(cache: TrajectoryCache) -> NDArray[np.float64]:
     """For every episode (E,) the return of its run: the mean over the run's layers."""
     runs, returns = runs_of(cache), cache.returns()

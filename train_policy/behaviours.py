@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mango.config import LADDER, CompressionConfig
 from mango.features import KINDS
-from mango.policies import Choice, RandomPolicy, ScoringPolicy, feature, random_action
+from mango.policies import Choice, ScoringPolicy, feature, random_action
 from mango.policy_choice import proposals
 from mango_env.reward import Reward
 from train_policy.evaluate import listed, policy_of, spec_name
@@ -134,8 +134,6 @@ def behaviour_of(spec: str | Any, run_id: str, seed: int = 0, reward: Reward | N
         return spec
     if spec == "oracle":
         return OraclePolicy(reward)
-    if spec == "random":
-        return RandomPolicy(seed=seed)
     if spec == "random-knobs":
         return RandomKnobsPolicy(seed=seed)
     if spec == "factorial":

@@ -218,7 +218,7 @@ def sweep(
     search: Annotated[str, typer.Option(help="random or grid")] = "random",
     metric: Annotated[str | None, typer.Option(help="what ranks; fqe_value: off-policy evaluation; default: agreement")] = None,
     minimise: Annotated[bool | None, typer.Option("--minimise/--maximise", help="default: losses and errors down")] = None,
-    architecture: Annotated[str, typer.Option(help="of the networks: mlp or lstm")] = "mlp",
+    architecture: Annotated[str, typer.Option(help="of the networks: mlp, lstm or tinyformer")] = "mlp",
     recipe: RecipeOption = None,
     change: SetOption = None,
     seed: SeedOption = 0,

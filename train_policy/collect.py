@@ -23,27 +23,19 @@ import torch
 
 from mango_env.interrupts import interrupted_once, interrupts_held
 from mango_env.recorder import RunSummary, record_run
-from mango_env.reward import Reward
-from mango_env.run import DEFAULT_INTERVAL, TrainingRun
+from mango_env.run import TrainingRun
 from mango_env.store import TrajectoryWriter, finalize
 from mango_env.workloads import workload_name
 from mango_env.workloads.base import WorkloadBuilder
 from train_policy.behaviours import behaviour_name, behaviour_of, behaviours
-from train_policy.evaluate import Budget, listed
+from train_policy.evaluate import Budget, EvaluationArgs, listed, start_run
 from train_policy.fitting import progress_line
 
 
 @dataclass(frozen=True, slots=True)
-class CollectArgs:
+class CollectArgs(EvaluationArgs):
     """What all runs of a collection share."""
 
-    horizon: int | None = None                           # optimizer steps; None: the workload's own
-    interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
-    lr: float | None = None                              # None: the workload's own
-    rule: str = "adamw"                                  # base rule of the optimizer
-    schedule: str = "constant"                           # of the learning rate
-    matrix_lr_scale: float = 1.0                         # Muon's rate over `lr`, for the matrices that it moves
-    reward: Reward = Reward()
     seed: int = 0                                        # of the behaviours; runs have seeds of their own
 
 
@@ -164,11 +156,7 @@ def _check(jobs: Sequence[Job]) -> None:
 
 
 def _start(job: Job) -> TrainingRun:
-    a = job.args
-    return TrainingRun(
-        job.workload, job.seed, horizon=a.horizon, interval=a.interval, memory_budget=job.budget, lr=a.lr, rule=a.rule,
-        schedule=a.schedule, optimizer_options={"matrix_lr_scale": a.matrix_lr_scale} if a.matrix_lr_scale != 1 else None,
-    )  # fmt: skip
+    return start_run(job.workload, job.seed, job.budget, "hold", job.args)
 
 
 def _salvage(root: Path) -> None:

@@ -56,6 +56,7 @@ __all__ = [
     "policy_of",
     "returns_by_run",
     "spec_name",
+    "start_run",
     "summary",
 ]
 HEURISTICS = ("random", "water-filling", "sensitivity", "error-constrained", "adaptive", "scheduled")
@@ -64,7 +65,7 @@ SHADOW_STEPS = 3                                         # AdamW steps timed per
 
 @dataclass(frozen=True, slots=True)
 class EvaluationArgs:
-    """What all runs of an evaluation share."""
+    """What all runs of an evaluation share, or of a collection (`CollectArgs`)."""
 
     horizon: int | None = None                           # optimizer steps; None: the workload's own
     interval: int = DEFAULT_INTERVAL                     # optimizer steps per decision
@@ -171,10 +172,11 @@ def _check(specs: Sequence[Any], works: Sequence[Any], sizes: Sequence[Budget], 
             policy_of(spec)
     for work in works:
         for budget in sizes:
-            _run(work, 0, budget, "hold", args)
+            start_run(work, 0, budget, "hold", args)
 
 
-def _run(work: str | WorkloadBuilder, seed: int, budget: Budget, policy: Any, args: EvaluationArgs) -> TrainingRun:
+def start_run(work: str | WorkloadBuilder, seed: int, budget: Budget, policy: Any, args: EvaluationArgs) -> TrainingRun:
+    """One training run under the settings that all share, before its first step."""
     return TrainingRun(
         work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, rule=args.rule,
         schedule=args.schedule, policy=policy,
@@ -203,7 +205,7 @@ def _evaluate_seed(task: _Task) -> list[EvaluationRow]:
 @lru_cache(maxsize=16)
 def _adamw(work: str | WorkloadBuilder, seed: int, args: EvaluationArgs) -> EvaluationRow:
     """The reference: torch.optim.AdamW on the run's own model, data and random numbers."""
-    run = _run(work, seed, 4.0, FULL, args)                        # the budget never binds: MANGO only lends the workload
+    run = start_run(work, seed, 4.0, FULL, args)                   # the budget never binds: MANGO only lends the workload
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=run.lr, weight_decay=0.0)
     losses: list[float] = []
     with borrowed_rng(seed):
@@ -244,11 +246,11 @@ def _adamw(work: str | WorkloadBuilder, seed: int, args: EvaluationArgs) -> Eval
 def _evaluate_one(task: _Task, spec: Any, budget: Budget, baseline: EvaluationRow) -> EvaluationRow:
     policy = policy_of(spec, task.seed)
     try:
-        run = _run(task.workload, task.seed, budget, policy, task.args)
+        run = start_run(task.workload, task.seed, budget, policy, task.args)
     except ValueError as error:
         if not isinstance(policy, FixedPolicy):
             raise
-        held = _run(task.workload, task.seed, budget, "hold", task.args)                   # raises where nothing would fit
+        held = start_run(task.workload, task.seed, budget, "hold", task.args)              # raises where nothing would fit
         return _no_row(spec, budget, held, baseline, str(error))
     decisions = [[config.name for config in run.optimizer.applied]]
     handle = run.optimizer.register_decision_hook(_log(decisions, run.horizon))

@@ -43,12 +43,12 @@ class EvaluationRow:
     @property
     def gap(self) -> float | None:
         """Validation loss above AdamW's, in per cent of it."""
-        return _above(self.val_loss, self.val_loss_adamw)
+        return percent_above(self.val_loss, self.val_loss_adamw)
 
     @property
     def gap_full(self) -> float | None:
         """Validation loss above that of the same rule at full precision, in per cent of it."""
-        return _above(self.val_loss, self.val_loss_full)
+        return percent_above(self.val_loss, self.val_loss_full)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -192,6 +192,6 @@ def _interval(values: Sequence[float], level: float) -> tuple[float, float] | tu
     return bootstrap_interval(values, level) if len(values) >= 2 else (None, None)
 
 
-def _above(loss: float | None, reference: float | None) -> float | None:
-    """In per cent of the reference."""
+def percent_above(loss: float | None, reference: float | None) -> float | None:
+    """How far a loss is above a reference, in per cent of it; None where either is unknown."""
     return None if loss is None or reference is None else 100 * (loss - reference) / max(abs(reference), 1e-12)

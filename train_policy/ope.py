@@ -31,7 +31,7 @@ from mango.policies import FixedPolicy
 from mango.policy_file import FrozenPolicy
 from mango_env.adapters import import_d3rlpy, to_d3rlpy
 from mango_env.cache import TrajectoryCache
-from train_policy.batches import observations_of, returns_to_go, runs_of
+from train_policy.batches import group_sums, observations_of, returns_to_go, runs_of
 from train_policy.evaluate import policy_of, spec_name
 from train_policy.fitting import progress_line
 from train_policy.gate import bootstrap_interval
@@ -243,8 +243,8 @@ def importance_sampling(decide: Decider, cache: TrajectoryCache, gamma: float = 
         return Estimate(None, note=f"no recorded episode decides as the policy does up to decision {decision}; try softmax")
     runs = runs_of(chosen)
     layers = np.bincount(runs)[runs][:, None]                                                          # (E, 1)
-    paid = _sums(rewards * weights / layers, runs)                                                     # (N, T): N runs
-    total = _sums(weights / layers, runs)
+    paid = group_sums(rewards * weights / layers, runs)                                                     # (N, T): N runs
+    total = group_sums(weights / layers, runs)
     effective = float(weights[:, -1].sum() ** 2 / (weights[:, -1] ** 2).sum())
     sizes = zip(*(chosen.attributes[name] for name in ("run_id", "budget_bytes", "adamw_bytes")), strict=True)
     bound = {run for run, budget, adamw in sizes if budget < adamw}
@@ -273,13 +273,6 @@ def _weighted(decide: Decider, cache: TrajectoryCache, gamma: float) -> tuple[ND
     logs = ratios.cumsum(1)
     highest = logs.max(0, keepdims=True)                                       # weights are relative: no exponential overflows
     return rewards, np.exp(logs - np.where(np.isfinite(highest), highest, 0.0))
-
-
-def _sums(values: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sums of the rows (E, T) of each group (N, T)."""
-    found = np.zeros((int(groups.max()) + 1, values.shape[1]))
-    np.add.at(found, groups, values)
-    return found
 
 
 def over_runs(values: NDArray[np.float64], cache: TrajectoryCache) -> Estimate:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango.features import FEATURES
-from mango.policies import Choice, as_action
+from mango.policies import Choice, best_scored
 
 DEPTH = 4
 LEAST_SHARE = 0.02                                       # of the decisions it learns from: no leaf has fewer
@@ -71,8 +71,7 @@ class TreePolicy:
         return self.value[self.leaves(obs)]
 
     def act(self, obs: Tensor) -> Tensor:
-        """Knob indices of the best-scored rung."""
-        return as_action([self.ladder[int(rung)] for rung in self.scores(obs).argmax(1)])
+        return best_scored(self.scores(obs), self.ladder)
 
     def reset(self) -> None:
         """Nothing is remembered."""
