@@ -2,13 +2,16 @@
 
     python -m experiments.transfer --policies universal,water-filling --out benchmarks/results/transfer.json
 
-Every run is compared with the same rule in full precision on the same workload, seed, steps and rate. Fixed rungs run once,
-and count at every budget that their measured bytes fit; the best of them is chosen by the same runs that it is compared on,
-which favours it. A budget that a model cannot have is left out there. The families are those that no policy was trained on
-(`HELD_OUT`), and one transformer wider and deeper than any of the training's. The file is written after every (workload, rule,
-seed), and a repeated command adds what is missing.
+Every run is compared with the same rule in full precision on the same workload, seed, steps and rate. The rate is the best one
+for full precision, per workload and rule: multiples of the workload's own are tried on a seed of their own, further ones
+while the best is at an edge. Fixed rungs run once, and count at every budget that their measured bytes fit; the best of them
+is chosen by the same runs that it is compared on, which favours it. A budget that a model cannot have is left out there. The
+families are those that no policy was trained on (`HELD_OUT`), and one transformer wider and deeper than any of the training's.
+The file is written after every (workload, rule, seed), and a repeated command adds what is missing.
 """
 
+import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -25,14 +28,17 @@ from benchmarks.record import earlier_runs, parse, stamp, write
 from mango.config import LADDER
 from mango.policy_file import FrozenPolicy
 from mango_env.run import TrainingRun
-from train_policy.evaluate import EvaluationArgs, evaluate, policy_of, spec_name
+from mango_env.twin import twin_of
+from train_policy.evaluate import EvaluationArgs, evaluate, policy_of, spec_name, start_run
 from train_policy.evaluation_rows import percent_above
 from train_policy.gate import bootstrap_interval
 
-FACTS = ("workload", "rule", "seed", "policy", "weights", "budget")
+FACTS = ("workload", "rule", "lr", "seed", "policy", "weights", "budget")
 KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_peak", "val_loss", "val_loss_adamw",
         "val_loss_full", "status", "within_budget", "step_time_ratio", "horizon", "message")  # fmt: skip
 UNLIMITED = 4.0                                         # times AdamW's state: what a fixed rung runs under
+TUNING_SEED = 1000                                      # of the runs that choose a rate
+FURTHER = 3                                             # rates tried beyond an edge of the grid
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Args:
     interval: int = 20                                  # optimizer steps per decision
     schedule: str = "cosine"
     matrix_lr_scale: float = 4.0                        # Muon's rate over AdamW's, as tuned in benchmarks/quality.py
+    rates: str = "0.5,1,2,4"                            # times the workload's own: tried in full precision; one: taken as it is
     workers: int = 2
     budget_minutes: float = 1e9                         # start nothing after this
     out: Path = Path("benchmarks/results/transfer.json")
@@ -58,6 +65,7 @@ class Unit:
 
     workload: str
     rule: str
+    lr: float
     seed: int
     fixed: tuple[str, ...]
     policies: tuple[tuple[str, tuple[float, ...]], ...]  # and the budgets that each still needs
@@ -84,41 +92,66 @@ def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def units(args: Args, runs: Sequence[dict[str, Any]]) -> Iterator[Unit]:
+def tune(workload: str, rule: str, args: Args) -> dict[str, Any]:
+    """The rate of least held-out loss in full precision, and what was tried; a run that fails counts as infinitely bad."""
+    torch.set_num_threads(1)
+    multiples = sorted(map(float, names(args.rates)))
+    own = start_run(workload, TUNING_SEED, UNLIMITED, "hold", settings_of(args, rule)).lr
+    losses: dict[float, float] = {}
+
+    def attempt(multiple: float) -> None:
+        run = start_run(workload, TUNING_SEED, UNLIMITED, "hold", settings_of(args, rule, own * multiple))
+        twin = twin_of(run)
+        losses[multiple] = math.inf if twin.error else twin.evaluation["val_loss"]
+
+    for multiple in multiples:
+        attempt(multiple)
+    best = min(losses, key=lambda tried: losses[tried])
+    while len(multiples) > 1 and best in (min(losses), max(losses)) and len(losses) < len(multiples) + FURTHER:
+        attempt(best * 2 if best == max(losses) else best / 2)
+        best = min(losses, key=lambda tried: losses[tried])
+    finite = {multiple: loss if math.isfinite(loss) else None for multiple, loss in sorted(losses.items())}
+    tried = [{"lr": own * multiple, "val_loss": loss} for multiple, loss in finite.items()]
+    return {"workload": workload, "rule": rule, "lr": own * best, "tried": tried}
+
+
+def units(args: Args, runs: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]]) -> Iterator[Unit]:
     """What has not been run, seed by seed, so that a study that was stopped early is still paired."""
     have = {tuple(run[name] for name in FACTS) for run in runs}
+    rate = {(row["workload"], row["rule"]): row["lr"] for row in rates}
     budgets = [float(size) for size in names(args.budgets)]
     weights = {spec: weights_of(spec) for spec in names(args.policies)}
     for seed in range(args.seeds):
         for work in names(args.workloads):
             for rule in names(args.rules):
+                lr = rate[work, rule]
                 fixed = [f"fixed:{rung}" for rung in names(args.fixed)]
-                fixed = [spec for spec in fixed if (work, rule, seed, spec, "", UNLIMITED) not in have]
+                fixed = [spec for spec in fixed if (work, rule, lr, seed, spec, "", UNLIMITED) not in have]
                 sizes = [size for size in budgets if possible(work, rule, size)]
                 missing = [
-                    (spec, tuple(size for size in sizes if (work, rule, seed, spec_name(spec), digest, size) not in have))
+                    (spec, tuple(size for size in sizes if (work, rule, lr, seed, spec_name(spec), digest, size) not in have))
                     for spec, digest in weights.items()
                 ]
                 wanted = tuple((spec, left) for spec, left in missing if left)
                 if fixed or wanted:
-                    yield Unit(work, rule, seed, tuple(fixed), wanted, args)
+                    yield Unit(work, rule, lr, seed, tuple(fixed), wanted, args)
 
 
-def settings_of(args: Args, rule: str) -> EvaluationArgs:
-    """How runs of a rule are trained."""
+def settings_of(args: Args, rule: str, lr: float | None = None) -> EvaluationArgs:
+    """How runs of a rule are trained; without `lr` at the workload's own."""
     scale = args.matrix_lr_scale if rule == "muon" else 1.0
     return EvaluationArgs(
-        horizon=args.steps, interval=args.interval, rule=rule, schedule=args.schedule, matrix_lr_scale=scale
+        horizon=args.steps, interval=args.interval, lr=lr, rule=rule, schedule=args.schedule, matrix_lr_scale=scale
     )
 
 
 def measure(unit: Unit) -> list[dict[str, Any]]:
     """Train them, one after another."""
     torch.set_num_threads(1)
-    settings = settings_of(unit.args, unit.rule)
+    settings = settings_of(unit.args, unit.rule, unit.lr)
     found: list[dict[str, Any]] = []
     for specs, sizes in [([*unit.fixed], (UNLIMITED,)), *(([spec], sizes) for spec, sizes in unit.policies)]:
-        facts = {"rule": unit.rule, "weights": weights_of(specs[0]) if specs else ""}
+        facts = {"rule": unit.rule, "lr": unit.lr, "weights": weights_of(specs[0]) if specs else ""}
         rows = evaluate(specs, unit.workload, list(sizes), [unit.seed], settings) if specs else []
         found += [facts | {name: getattr(row, name) for name in KEPT} for row in rows]
     return found
@@ -211,33 +244,39 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def train(args: Args) -> Path:
-    runs = earlier_runs(args.out)
-    current = {spec_name(spec): weights_of(spec) for spec in names(args.policies)}
-    runs = [run for run in runs if run["weights"] == current.get(run["policy"], run["weights"])]
     head, began = stamp(args), time.perf_counter()
-    waiting = list(units(args, runs))
+    rates: list[dict[str, Any]] = json.loads(args.out.read_text()).get("rates", []) if args.out.exists() else []
+    current = {spec_name(spec): weights_of(spec) for spec in names(args.policies)}
+    runs = [run for run in earlier_runs(args.out) if run["weights"] == current.get(run["policy"], run["weights"])]
 
-    def keep(found: Sequence[dict[str, Any]]) -> None:
-        runs.extend(run | {"commit": head["commit"]} for run in found)
+    def keep() -> None:
         rows = cells(runs, args)
-        write(args.out, head | {"runs": runs, "cells": rows, "totals": totals(rows)})
+        write(args.out, head | {"rates": rates, "runs": runs, "cells": rows, "totals": totals(rows)})
 
-    keep([])
+    def spent() -> float:
+        return (time.perf_counter() - began) / 60
+
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        known = {(row["workload"], row["rule"]) for row in rates}
+        wanted = [(work, rule) for work in names(args.workloads) for rule in names(args.rules) if (work, rule) not in known]
+        for done in as_completed([pool.submit(tune, work, rule, args) for work, rule in wanted]):
+            rates.append(done.result())
+            keep()
+            print("{workload} {rule}: rate {lr:g}".format(**rates[-1]), flush=True)
+        waiting = list(units(args, runs, rates))
         running: dict[Future[list[dict[str, Any]]], Unit] = {}
-        while waiting or running:
-            late = (time.perf_counter() - began) / 60 > args.budget_minutes
-            while waiting and not late and len(running) < args.workers:
+        while running or (waiting and spent() <= args.budget_minutes):
+            while waiting and len(running) < args.workers and spent() <= args.budget_minutes:
                 unit = waiting.pop(0)
                 running[pool.submit(measure, unit)] = unit
-            if not running:
-                print("the time is spent; run the command again to go on")
-                break
-            done = next(as_completed(running))
-            unit = running.pop(done)
-            keep(done.result())
-            minutes = (time.perf_counter() - began) / 60
-            print(f"{unit.workload} {unit.rule} seed {unit.seed}: done at {minutes:.1f} min, {len(waiting)} to start", flush=True)
+            finished = next(as_completed(running))
+            unit = running.pop(finished)
+            runs += [run | {"commit": head["commit"]} for run in finished.result()]
+            keep()
+            print(f"{unit.workload} {unit.rule} seed {unit.seed}: done at {spent():.1f} min, {len(waiting)} to start", flush=True)
+    if waiting:
+        print("the time is spent; run the command again to go on")
+    keep()
     print(table(totals(cells(runs, args))))
     return args.out
 

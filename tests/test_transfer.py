@@ -12,7 +12,7 @@ from mango.policy_file import load_policy
 
 ARGS = transfer.Args(
     workloads="digits_mlp", rules="adamw", budgets="0.25", policies="water-filling", fixed="m0v0,m4v0,m8v8", seeds=2, steps=6,
-    interval=3, workers=1,
+    interval=3, workers=1, rates="1,2",
 )  # fmt: skip
 
 
@@ -54,11 +54,21 @@ def test_totals_name_the_worst_case_and_count_only_what_is_lost() -> None:
 def test_the_study_runs_and_goes_on(tmp_path: Path) -> None:
     args = replace(ARGS, out=tmp_path / "t.json", seeds=1)
     transfer.train(args)
-    runs = json.loads(args.out.read_text())["runs"]
+    kept = json.loads(args.out.read_text())
+    runs, rates = kept["runs"], kept["rates"]
     assert sorted(r["policy"] for r in runs) == ["fixed:m0v0", "fixed:m4v0", "fixed:m8v8", "water-filling"]
-    assert list(transfer.units(args, runs)) == []
-    (missing,) = transfer.units(replace(args, policies="water-filling,random"), runs)
+    assert list(transfer.units(args, runs, rates)) == []
+    (missing,) = transfer.units(replace(args, policies="water-filling,random"), runs, rates)
     assert missing.fixed == () and missing.policies == (("random", (0.25,)),)
+
+
+def test_the_rate_is_the_best_for_full_precision_and_not_at_an_edge_that_was_not_passed() -> None:
+    found = transfer.tune("digits_mlp", "adamw", replace(ARGS, steps=12, rates="0.01,0.02"))
+    tried = {row["lr"]: row["val_loss"] for row in found["tried"]}
+    assert len(tried) == 2 + transfer.FURTHER and max(tried) == pytest.approx(min(tried) * 2**4)      # still rising with the rate
+    assert found["lr"] == min(tried, key=lambda lr: tried[lr])
+    alone = transfer.tune("digits_mlp", "muon", replace(ARGS, steps=4, rates="1"))
+    assert len(alone["tried"]) == 1
 
 
 def test_a_slice_of_make_policies_records_learns_gates_and_freezes(tmp_path: Path) -> None:
