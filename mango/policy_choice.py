@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mango.config import KNOBS, CompressionConfig, Ladder
+from mango.networks import PolicyNetwork
 from mango.policies import POLICIES, CallablePolicy, Choice, FixedPolicy, Policy, ScoringPolicy, WaterFillingPolicy
-from mango.policy_file import load_policy
+from mango.policy_file import FrozenPolicy, load_policy
 
 
 def as_policy(policy: Any, ladder: Ladder) -> Policy | ScoringPolicy:
-    """A policy object from None (water-filling), a name, a path, a config, a dict of knobs, or somebody's own object."""
+    """A policy object from None (water-filling), a name, a path, a config, a dict of knobs, somebody's own object, or a
+    network (its rung head, copied as it is now)."""
     if policy is None:
         return WaterFillingPolicy(ladder=ladder)
     if isinstance(policy, CompressionConfig | Mapping):
@@ -26,6 +28,8 @@ def as_policy(policy: Any, ladder: Ladder) -> Policy | ScoringPolicy:
             return load_policy(policy, ladder=ladder)
         builder = POLICIES[str(policy)]
         return builder(ladder=ladder) if "ladder" in signature(builder).parameters else builder()
+    if isinstance(policy, PolicyNetwork):
+        return FrozenPolicy(policy, ladder=ladder, name=policy.name)
     if isinstance(policy, Policy | ScoringPolicy):
         return policy
     if callable(policy):

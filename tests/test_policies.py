@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from mango import MANGO, CompressionConfig
 from mango.config import FULL, KNOBS, LADDER, NVEC, Ladder
 from mango.features import FEATURE_INDEX, FEATURES
+from mango.networks import PolicyNetwork
 from mango.policies import (
     POLICIES,
     AdaptiveCompressionPolicy,
@@ -321,6 +322,9 @@ def test_a_policy_is_a_name_a_config_a_dict_or_an_object() -> None:
     for given_as in (config, {"momentum_bits": 8}, FixedPolicy(momentum_bits=8), FixedPolicy(config)):
         policy = as_policy(given_as, LADDER)
         assert isinstance(policy, FixedPolicy) and policy.config == config
+    network = PolicyNetwork("tinyformer")
+    decides = as_policy(network, LADDER)
+    assert isinstance(decides, ScoringPolicy) and decides.scores(torch.zeros(3, 64)).shape == (3, len(LADDER))
     assert isinstance(as_policy(None, LADDER), WaterFillingPolicy)
     with pytest.raises(TypeError, match=r"policy is a int; give a shipped name, a path, one of .*water-filling"):
         as_policy(3, LADDER)
