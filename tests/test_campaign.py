@@ -61,6 +61,13 @@ def test_draws_are_within_their_ranges_and_all_of_them_come(tmp_path: Path) -> N
         assert 0.49 < factor < 2.01
 
 
+def test_a_family_may_have_a_rate_of_its_own_for_a_rule(tmp_path: Path) -> None:
+    families = {"digits_mlp": {"weight": 1, "lr": {"lion": 0.03125}}}
+    jobs = [small(tmp_path, families=families, lr_factor={"low": 1, "high": 1}).job(n) for n in range(20)]
+    assert {job.args.lr for job in jobs if job.args.rule == "lion"} == {0.0312}
+    assert {job.args.lr for job in jobs if job.args.rule == "adamw"} == {facts_of("digits_mlp", "adamw")[0]}
+
+
 def test_a_campaign_goes_on_and_can_be_extended(tmp_path: Path) -> None:
     root = tmp_path / "store"
     first = run_campaign(small(tmp_path, runs=2), root)
@@ -77,7 +84,10 @@ def test_the_shipped_campaign_names_only_what_there_is() -> None:
     campaign = read_campaign()
     assert CONFIG.is_file() and campaign.runs >= 1000
     assert set(campaign.families) <= set(WORKLOADS) - set(HELD_OUT)
-    assert campaign.job(0) == read_campaign(runs=5).job(0)
+
+
+def test_the_shipped_campaign_draws_the_same_runs_however_many(mango_data: Path) -> None:
+    assert read_campaign().job(0) == read_campaign(runs=5).job(0)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +97,8 @@ def test_the_shipped_campaign_names_only_what_there_is() -> None:
         ({"families": {"fashion_cnn+width=8": {"weight": 1}}}, "held out"),
         ({"families": {}}, "families is empty"),
         ({"families": {"digits_mlp": {"wieght": 1}}}, "wieght"),
+        ({"families": {"digits_mlp": {"weight": 1, "lr": {"adamw": -1.0}}}}, "learning rates must be positive"),
+        ({"families": {"digits_mlp": {"weight": 1, "lr": {"adagrad": 1e-3}}}}, "unknown rules \\['adagrad'\\]"),
         ({"rules": {"adagrad": {"weight": 1}}}, "unknown rules \\['adagrad'\\]"),
         ({"schedules": {"step": 1}}, "unknown schedule 'step'"),
         ({"behaviours": {"nobody": 1}}, "unknown policy 'nobody'"),

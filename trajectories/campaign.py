@@ -63,6 +63,7 @@ class Rule:
 class Family:
     weight: float
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    lr: Mapping[str, float] = field(default_factory=dict)    # by rule; of the others the workload's own times the rule's
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ class Campaign:
         held_out = sorted({str(split_options(name)[0]) for name in self.families} & set(HELD_OUT))
         if held_out:
             raise ValueError(f"families {held_out} are held out for the final evaluation; no policy may be trained on them")
-        unknown = sorted(set(self.rules) - set(CHOICES))
+        rates = [rate for one in self.families.values() for rate in one.lr.values()]
+        if not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"learning rates must be positive numbers, got {min(rates)!r}")
+        unknown = sorted({*self.rules, *(rule for one in self.families.values() for rule in one.lr)} - set(CHOICES))
         if unknown:
             raise ValueError(f"unknown rules {unknown}; known: {', '.join(CHOICES)}")
         for schedule in self.schedules:
@@ -122,8 +126,9 @@ class Campaign:
             schedule=_weighted(generator, self.schedules), matrix_lr_scale=self.rules[rule].matrix_lr_scale,
             reward=self.reward, seed=int(generator.integers(2**31)),
         )  # fmt: skip
-        factor, budget = self.lr_factor.draw(generator) * self.rules[rule].lr, _one_of(generator, self.budgets)
-        usual, least = facts_of(workload, rule)
+        factor, budget = self.lr_factor.draw(generator), _one_of(generator, self.budgets)
+        own, least = facts_of(workload, rule)
+        usual = self.families[family].lr.get(rule, own * self.rules[rule].lr)
         args = replace(args, lr=float(f"{usual * factor:.3g}"))
         behaviour = f"fixed:{rung}" if behaviour == "fixed" else behaviour
         feasible = [size for size in sorted(self.budgets) if size >= max(budget, least)]
