@@ -33,6 +33,11 @@ COLUMNS = {                                              # of an evaluation row:
     "gap_full": "gap to its rule in full precision, %",
     "gap_full_low": "95 % from",
     "gap_full_high": "to",
+    "cases": "cases",
+    "above": "loss above full precision, %",
+    "one_fixed": "best rung for all cases",
+    "one_fixed_above": "its loss above, %",
+    "best_fixed_above": "of the best rung of each case, in hindsight, %",
     "within_budget": "budget held",
 }
 LIMITS = (
@@ -163,7 +168,7 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
         return verdicts or "None is in its card: nothing is known about how good it is."
     shown = {key: heading for key, heading in COLUMNS.items() if any(key in row for row in rows)}
     table = _table(tuple(shown.values()), [tuple(row.get(key) for key in shown) for row in rows])
-    note = "Held-out loss beside torch's AdamW in full precision on the same seeds; the budget is a fraction of AdamW's state."
+    note = "Held-out loss beside full precision on the same seeds; the budget is a fraction of AdamW's state."
     return "\n\n".join(part for part in (note, table, verdicts) if part)
 
 
