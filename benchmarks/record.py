@@ -37,9 +37,9 @@ def stamp(args: Any = None) -> dict[str, Any]:
     return told | {"args": {} if args is None else plain(asdict(args)), "hardware": hardware}
 
 
-def earlier_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file of results; none where there is no file."""
-    runs: list[dict[str, Any]] = json.loads(path.read_text()).get("runs", []) if path.exists() else []
+def earlier_runs(path: Path, kind: str = "runs") -> list[dict[str, Any]]:
+    """The runs of a file of results, or other rows of it; none where there is no file."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text()).get(kind, []) if path.exists() else []
     return runs
 
 

@@ -10,7 +10,6 @@ families are those that no policy was trained on (`HELD_OUT`), and one transform
 The file is written after every (workload, rule, seed), and a repeated command adds what is missing.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import earlier_runs, parse, stamp, write
+from experiments.tuning import tune
 from mango.config import LADDER
 from mango.policy_file import FrozenPolicy
 from mango_env.run import TrainingRun
@@ -38,7 +38,6 @@ KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_pea
         "val_loss_full", "status", "within_budget", "step_time_ratio", "horizon", "message")  # fmt: skip
 UNLIMITED = 4.0                                         # times AdamW's state: what a fixed rung runs under
 TUNING_SEED = 1000                                      # of the runs that choose a rate
-FURTHER = 3                                             # rates tried beyond an edge of the grid
 
 
 @dataclass(frozen=True)
@@ -92,27 +91,16 @@ def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def tune(workload: str, rule: str, args: Args) -> dict[str, Any]:
-    """The rate of least held-out loss in full precision, and what was tried; a run that fails counts as infinitely bad."""
+def rate_of(workload: str, rule: str, args: Args) -> dict[str, Any]:
+    """The rate of least held-out loss in full precision, and what was tried."""
     torch.set_num_threads(1)
-    multiples = sorted(map(float, names(args.rates)))
     own = start_run(workload, TUNING_SEED, UNLIMITED, "hold", settings_of(args, rule)).lr
-    losses: dict[float, float] = {}
 
-    def attempt(multiple: float) -> None:
-        run = start_run(workload, TUNING_SEED, UNLIMITED, "hold", settings_of(args, rule, own * multiple))
-        twin = twin_of(run)
-        losses[multiple] = math.inf if twin.error else twin.evaluation["val_loss"]
+    def loss_of(lr: float) -> float:
+        twin = twin_of(start_run(workload, TUNING_SEED, UNLIMITED, "hold", settings_of(args, rule, lr)))
+        return math.inf if twin.error else twin.evaluation["val_loss"]
 
-    for multiple in multiples:
-        attempt(multiple)
-    best = min(losses, key=lambda tried: losses[tried])
-    while len(multiples) > 1 and best in (min(losses), max(losses)) and len(losses) < len(multiples) + FURTHER:
-        attempt(best * 2 if best == max(losses) else best / 2)
-        best = min(losses, key=lambda tried: losses[tried])
-    finite = {multiple: loss if math.isfinite(loss) else None for multiple, loss in sorted(losses.items())}
-    tried = [{"lr": own * multiple, "val_loss": loss} for multiple, loss in finite.items()]
-    return {"workload": workload, "rule": rule, "lr": own * best, "tried": tried}
+    return {"workload": workload, "rule": rule} | tune(own, [float(one) for one in names(args.rates)], loss_of).to_dict()
 
 
 def units(args: Args, runs: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]]) -> Iterator[Unit]:
@@ -245,7 +233,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def train(args: Args) -> Path:
     head, began = stamp(args), time.perf_counter()
-    rates: list[dict[str, Any]] = json.loads(args.out.read_text()).get("rates", []) if args.out.exists() else []
+    rates = earlier_runs(args.out, "rates")
     current = {spec_name(spec): weights_of(spec) for spec in names(args.policies)}
     runs = [run for run in earlier_runs(args.out) if run["weights"] == current.get(run["policy"], run["weights"])]
 
@@ -259,7 +247,7 @@ def train(args: Args) -> Path:
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
         known = {(row["workload"], row["rule"]) for row in rates}
         wanted = [(work, rule) for work in names(args.workloads) for rule in names(args.rules) if (work, rule) not in known]
-        for done in as_completed([pool.submit(tune, work, rule, args) for work, rule in wanted]):
+        for done in as_completed([pool.submit(rate_of, work, rule, args) for work, rule in wanted]):
             rates.append(done.result())
             keep()
             print("{workload} {rule}: rate {lr:g}".format(**rates[-1]), flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from experiments import make_universal, transfer
+from experiments.tuning import tune
 from mango.policy_file import load_policy
 
 ARGS = transfer.Args(
@@ -62,13 +63,21 @@ def test_the_study_runs_and_goes_on(tmp_path: Path) -> None:
     assert missing.fixed == () and missing.policies == (("random", (0.25,)),)
 
 
-def test_the_rate_is_the_best_for_full_precision_and_not_at_an_edge_that_was_not_passed() -> None:
-    found = transfer.tune("digits_mlp", "adamw", replace(ARGS, steps=12, rates="0.01,0.02"))
+def test_the_rate_is_the_best_for_full_precision() -> None:
+    found = transfer.rate_of("digits_mlp", "adamw", replace(ARGS, steps=12, rates="0.01,0.02"))
     tried = {row["lr"]: row["val_loss"] for row in found["tried"]}
-    assert len(tried) == 2 + transfer.FURTHER and max(tried) == pytest.approx(min(tried) * 2**4)      # still rising with the rate
-    assert found["lr"] == min(tried, key=lambda lr: tried[lr])
-    alone = transfer.tune("digits_mlp", "muon", replace(ARGS, steps=4, rates="1"))
-    assert len(alone["tried"]) == 1
+    assert len(tried) == 5 and max(tried) == pytest.approx(min(tried) * 2**4)                  # still rising with the rate
+    assert found["lr"] == min(tried, key=lambda lr: tried[lr]) and found["at_edge"]
+
+
+def test_a_grid_is_left_where_its_edge_is_best_and_not_otherwise() -> None:
+    within = tune(0.1, [0.5, 1, 2], lambda lr: abs(lr - 0.1))
+    assert within.lr == 0.1 and len(within.tried) == 3 and not within.at_edge
+    beyond = tune(0.1, [0.5, 1, 2], lambda lr: abs(lr - 0.4))
+    assert beyond.lr == pytest.approx(0.4) and len(beyond.tried) == 5
+    failing = tune(0.1, [0.5, 1, 2], lambda lr: float("nan") if lr > 0.07 else 1.0)
+    assert failing.lr == pytest.approx(0.05) and [row["val_loss"] for row in failing.to_dict()["tried"]][-1] is None  # type: ignore[attr-defined]
+    assert tune(0.1, [2], lambda lr: 0.0).lr == 0.2
 
 
 def test_a_slice_of_make_policies_records_learns_gates_and_freezes(tmp_path: Path) -> None:
