@@ -1,7 +1,7 @@
 """Deep Gradient Compression: SGD with momentum that applies (and sends) a thousandth of its gradient entries per step.
 
 Lin et al. 2018, "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training" (arXiv 1712.01887):
-local accumulation (section 3), momentum correction and local clipping (3.2), momentum factor masking and warm-up (3.3). There
+local accumulation (section 3.1), momentum correction and local clipping (3.2), momentum factor masking and warm-up (3.3). There
 is no kept package of it. Nothing to run by itself.
 """
 
