@@ -16,28 +16,22 @@ written after every run and a repeated command goes on where it was; MANGO_DATA 
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import AdamW, Optimizer
 
 from benchmarks import quality
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
+from experiments.adarankgrad import AdaRankGrad, hidden_matrices
 from mango import MANGO
 from mango.config import LADDER, CompressionConfig, Ladder
-from mango.layers import describe
-from mango.lowrank import adamw_in_subspace, energies, find, matricise, project, rank_schedule, transport
-from mango.rules import NOT_FOR_MUON, adamw_update
 from mango_env.workloads.data import TextData
 
-RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # AdaRankGrad's menu
-BETAS, EPS = (0.9, 0.999), 1e-8
 TUNING_SEED = 1000
 SUBSPACES = Ladder(tuple(                               # of MANGO: dynamic ranks, in factors of 4 and 8 bits
     CompressionConfig(rank=rank, factor_bits_p=bits, factor_bits_q=bits, variance_bits=variance)
@@ -59,82 +53,6 @@ class Args:
     batch: int = 12                                     # windows of 64 characters
     threads: int = 1                                    # torch threads
     out: Path = Path("benchmarks/results/rank_schedule.json")
-
-
-class AdaRankGrad(Optimizer):
-    """AdamW in subspaces of the least rank that is enough for the matrices named hidden, dense for the rest; float32.
-
-    >>> model = torch.nn.Linear(16, 8)
-    >>> optimizer = AdaRankGrad(model.named_parameters(), lr=0.01, hidden={"weight"}, schedule="falling-0.1", every=10, seed=0)
-    >>> model(torch.ones(1, 16)).sum().backward(); optimizer.step()
-    >>> optimizer.ranks()                               # this gradient has rank one
-    {'weight': 1}
-    >>> optimizer.state_bytes()                         # projector (8, 1), moments (1, 16), moments of the bias
-    224
-    """
-
-    def __init__(
-        self, params: Iterable[tuple[str, Parameter]], *, lr: float, hidden: set[str], schedule: str, every: int, seed: int,
-        scale: float = 1.0,
-    ) -> None:  # fmt: skip
-        super().__init__(params, {"lr": lr})
-        how, _, lost = schedule.partition("-")
-        self.hidden, self.falling, self.lost, self.every, self.scale = hidden, how == "falling", float(lost), every, scale
-        self.generator, self.steps = Generator().manual_seed(seed), 0
-
-    def _named(self) -> list[tuple[str, Parameter, float]]:
-        groups = self.param_groups
-        return [(n, p, float(g["lr"])) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for name, param, lr in self._named():
-            if param.grad is None:
-                continue
-            state = self.state[param]
-            if name in self.hidden:
-                if self.steps % self.every == 0:
-                    self._turn(state, matricise(param.grad))
-                adamw_in_subspace(param, param.grad, **state, **self._hyper(lr), scale=self.scale)
-            else:
-                if not state:
-                    state |= {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-                adamw_update(param, param.grad, **state, **self._hyper(lr))
-        self.steps += 1
-
-    def _hyper(self, lr: float) -> dict[str, Any]:
-        return {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "step": self.steps + 1}
-
-    def _turn(self, state: dict[str, Tensor], matrix: Tensor) -> None:
-        """A new subspace of the gradient (m, n), of the rank that is enough, with the moments carried over."""
-        old = state.get("projector")
-        menu = [rank for rank in RANKS if rank <= len(matrix)]
-        now = menu[-1] if old is None or not self.falling else old.shape[1]
-        found = find(matrix, now, self.generator)                                    # (m, now)
-        energy, total = energies(matrix, found)
-        rank = rank_schedule(energy.tolist(), float(total), menu, lost=self.lost, now=now)
-        inside = project(found, matrix)
-        leading = torch.linalg.eigh(inside @ inside.T).eigenvectors[:, -rank:]       # find's columns need not be in order
-        state["projector"] = found @ leading                                         # (m, rank)
-        if old is None:
-            state["exp_avg"], state["exp_avg_sq"] = matrix.new_zeros(2, rank, matrix.shape[1]).unbind()
-        else:
-            turn = state["projector"].T @ old
-            state["exp_avg"], state["exp_avg_sq"] = transport(state["exp_avg"], state["exp_avg_sq"], turn)
-
-    def ranks(self) -> dict[str, int]:
-        """Ranks in force, by parameter."""
-        return {name: self.state[p]["projector"].shape[1] for name, p, _ in self._named() if "projector" in self.state[p]}
-
-    def state_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for state in self.state.values() for t in state.values())
-
-
-def hidden_matrices(model: Module) -> set[str]:
-    """Names of the matrices that the paper projects: neither embedding nor head."""
-    named = list(model.named_parameters())
-    layers = describe([name for name, _ in named], [tuple(p.shape) for _, p in named])
-    return {layer.name for layer in layers if len(layer.shape) == 2 and layer.kind not in NOT_FOR_MUON}
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from torch import nn
 from benchmarks.memory import widest
 from benchmarks.quality import config_of
 from experiments import headroom
+from experiments.adarankgrad import AdaRankGrad, hidden_matrices
 from experiments.bf16_master import bound
-from experiments.rank_schedule import AdaRankGrad, hidden_matrices
 from mango import MANGO
 from mango.lowrank import matricise
 from mango_env.workloads.text import Transformer
 
 
-@pytest.mark.parametrize("name", ["benchmarks.memory", "experiments.bf16_master", "experiments.rank_schedule"])
+@pytest.mark.parametrize("name", ["benchmarks.memory", "experiments.bf16_master", "experiments.adarankgrad"])
 def test_examples_of_the_studies_run_as_they_are_printed(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed
