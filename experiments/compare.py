@@ -93,11 +93,10 @@ class Study:
                 print(f"{row['domain']} {row['policy']} seed {row['seed']}: {row['status']} {loss}", flush=True)
         if not args.costs:
             return
-        with ProcessPoolExecutor(args.workers, context, max_tasks_per_child=1) as pool:
-            new_costs = [Task(d, m, 0, lr, args) for (d, m), lr in rates.items()
-                         if find_run(self.found["costs"], {"domain": d, "policy": m, "device": args.device}) is None]  # fmt: skip
-            for done in as_completed([pool.submit(cost, task) for task in new_costs]):
-                self.keep("costs", done.result())
+        for task in (Task(domain, method, 0, lr, args) for (domain, method), lr in rates.items()):
+            if find_run(self.found["costs"], {"domain": task.domain, "policy": task.method, "device": args.device}) is None:
+                with ProcessPoolExecutor(1, context) as alone:
+                    self.keep("costs", alone.submit(cost, task).result())
 
     @property
     def failures(self) -> list[dict[str, Any]]:
