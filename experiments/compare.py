@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from experiments.baseline_optimizers import BASELINES, available
 from experiments.comparison_figures import draw
-from experiments.comparison_runs import SCALES, Args, Task, cost, method_of, place_of, pretrained, run, tuned
+from experiments.comparison_runs import SCALES, Args, Task, cost, method_of, place_of, pretrained, rate_facts, run, tuned
 from experiments.comparison_table import summary, table, write_tables
 from mango_env.workloads import make_workload
 from train_policy.cli_support import one_line
@@ -74,16 +74,16 @@ class Study:
         """Everything that is missing: rates, then runs seed by seed, then costs, one process each."""
         args, context = self.args, get_context("spawn")
         with ProcessPoolExecutor(args.workers, context) as pool:
-            facts = [{"domain": d, "policy": m, "steps": place_of(d, args).steps, "rates": args.rates} for d, m in self.wanted()]
-            new = [one for one in facts if find_run(self.found["rates"], one) is None]
-            for place in {one["domain"]: place_of(one["domain"], args) for one in facts}.values():
-                if place.pretrained:
-                    pretrained(place, args)
-            for done in as_completed([pool.submit(tuned, one["domain"], one["policy"], args) for one in new]):
+            known = {(domain, method): rate_facts(domain, method, args) for domain, method in self.wanted()}
+            for domain in dict.fromkeys(domain for domain, _ in known):
+                if place_of(domain, args).pretrained:
+                    pretrained(place_of(domain, args), args)
+            new = [pair for pair, facts in known.items() if find_run(self.found["rates"], facts) is None]
+            for done in as_completed([pool.submit(tuned, domain, method, args) for domain, method in new]):
                 self.keep("rates", done.result())
                 print("{domain} {policy}: rate {lr:g} {status}".format(**self.found["rates"][-1]), flush=True)
-            rates = {(row["domain"], row["policy"]): row["lr"] for row in self.found["rates"] if find_run(facts, {
-                name: row[name] for name in facts[0]})} if facts else {}  # fmt: skip
+            found = {pair: find_run(self.found["rates"], facts) for pair, facts in known.items()}
+            rates = {pair: float(row["lr"]) for pair, row in found.items() if row is not None}
             tasks = [Task(d, m, seed, lr, args) for seed in range(args.seeds) for (d, m), lr in rates.items()]
             tasks = [task for task in tasks if find_run(self.found["runs"], task.facts) is None]
             for done in as_completed([pool.submit(run, task) for task in tasks]):

@@ -233,6 +233,11 @@ def step_seconds(optimizer: Optimizer, cuda: bool) -> float:
     return time.perf_counter() - began
 
 
+def rate_facts(domain: str, method: str, args: Args) -> dict[str, Any]:
+    """What tells one tuning from another."""
+    return {"domain": domain, "policy": method, "steps": place_of(domain, args).steps, "rates": args.rates}
+
+
 def tuned(domain: str, method: str, args: Args) -> dict[str, Any]:
     """The best rate of a method in a domain, and every run that was needed to find it."""
     runs: list[dict[str, Any]] = []
@@ -244,5 +249,4 @@ def tuned(domain: str, method: str, args: Args) -> dict[str, Any]:
     found = tune(find(method_of(method)[0]).lr, [float(one) for one in args.rates.split(",")], loss_of, further=2)
     failed = [one["message"] for one in runs if one["status"] == "failed"]
     why = {"status": "failed", "message": failed[0]} if failed and len(failed) == len(runs) else {"status": "ok"}
-    facts = {"domain": domain, "policy": method, "steps": place_of(domain, args).steps, "rates": args.rates}
-    return facts | found.to_dict() | why
+    return rate_facts(domain, method, args) | found.to_dict() | why

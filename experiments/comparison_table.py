@@ -52,7 +52,7 @@ def _measured(done: Sequence[Line], usual: dict[int, Line], target: float | None
     gaps = [percent_above(row["val_loss"], usual[row["seed"]]["val_loss"]) for row in done if row["seed"] in usual]
     paired = [gap for gap in gaps if gap is not None]
     low, high = bootstrap_interval(paired) if len(paired) > 1 else (None, None)
-    reached = [first_below(row, target) for row in done] if target else []
+    reached = [step for row in done if target and (step := first_below(row, target)) is not None]
     accuracy = [row["val_accuracy"] for row in done if "val_accuracy" in row]
     return {
         "seeds": len(done), "val_loss": fmean(losses),
@@ -62,7 +62,7 @@ def _measured(done: Sequence[Line], usual: dict[int, Line], target: float | None
         "perplexity": None if accuracy else math.exp(min(fmean(losses), 50.0)),
         "state_bytes_per_param": max(row["state_bytes_peak"] / row["parameters"] for row in done),
         "compression_ratio": min(row["adamw_bytes"] / max(1, row["state_bytes_peak"]) for row in done),
-        "target": target, "steps_to_target": fmean(reached) if reached and None not in reached else None,
+        "target": target, "steps_to_target": fmean(reached) if len(reached) == len(done) else None,
         "steps_per_second": median(row["steps_per_second"] for row in done),
     }  # fmt: skip
 

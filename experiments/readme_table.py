@@ -1,9 +1,9 @@
-"""Fill the README's table of measured results from files that programs wrote.
+"""Write the measured results into the README and into docs/results.md, from files that programs wrote.
 
     python -m experiments.readme_table [--demo demo.json] [--results benchmarks/results] [--check]
 
-Reads the demo's rows and every `benchmarks/results/*.json`, and writes what stands between the two markers in README.md.
-`--check` changes nothing and fails where the README differs.
+The demo's rows go between the two markers in README.md; the tables of every `benchmarks/results/*.json` make docs/results.md.
+`--check` changes nothing and fails where either differs.
 """
 
 import argparse
@@ -15,7 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("args", "hardware", "versions", "targets")      # of a benchmark's file: no tables
-LONG = ("cells", "headroom", "ladder", "muon_formats", "runs", "shadows")  # files and tables that are too long for a README
+LONG = ("cells", "headroom", "ladder", "muon_formats", "rates", "runs", "shadows")  # files and tables that are too long
+TITLE = """# Measured results
+
+Written by `python -m experiments.readme_table` from benchmarks/results, whose files carry what it takes to repeat them.
+"""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -25,12 +29,16 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the benchmarks' JSON")
     parser.add_argument("--check", action="store_true", help="fail where the README is not what it would be")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, "\n".join([*demo_lines(args.demo), *benchmark_lines(args.results)]))
-    if args.check:
-        return 0 if before == after else fail("README.md is not up to date: run python -m experiments.readme_table")
-    readme.write_text(after, encoding="utf-8")
+    readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
+    texts = {
+        readme: filled(readme.read_text(encoding="utf-8"), "\n".join(demo_lines(args.demo))),
+        results: "\n".join([TITLE, *benchmark_lines(args.results)]),
+    }
+    for path, text in texts.items():
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            return fail(f"{path.name} is not up to date: run python -m experiments.readme_table")
     return 0
 
 
@@ -90,10 +98,12 @@ def benchmark_lines(folder: Path) -> Iterator[str]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "command" not in content:
             continue
+        yield f"## {path.stem}"
+        yield ""
         yield from provenance(content)
         yield ""
         if path.stem in LONG:
-            yield f"One row per case: [{path.name}](benchmarks/results/{path.name})."
+            yield f"One row per case: [{path.name}](../benchmarks/results/{path.name})."
             yield ""
             continue
         for name, rows in content.items():

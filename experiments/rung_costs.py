@@ -41,9 +41,9 @@ def train(args: Args) -> Path:
         print(f"{row['rule']:8s} {row['half']:8s} " + " ".join(f"{row[name]:+9.2f}" for name in shown))
     for one in settings:
         print(f"{one['family']:16s} {one['rule']:6s} {one['runs']:4d} runs, allocations differ by {one['spread_percent']:.2f} %")
-    found = {"runs": len(data), "digest": cache.digest, "explained_elsewhere": fitted.explained_elsewhere, "size": fitted.costs.size,
-             "shrinkage": fitted.shrinkage, "costs": rows, "settings": settings}  # fmt: skip
-    return write(args.out, stamp(args) | found)
+    found = {"runs": len(data), "digest": cache.digest, "explained_elsewhere": fitted.explained_elsewhere}
+    chosen = {"size": fitted.costs.size, "shrinkage": fitted.shrinkage}
+    return write(args.out, stamp(args) | found | chosen | {"costs": rows, "settings": settings})
 
 
 def main() -> None:
