@@ -292,6 +292,10 @@ BUDGET = {"memory_budget": 0.15, "policy_update_freq": 10}  # 1.2 bytes per para
           "Woo et al. 2024", lr=3e-3, options={"policy": "sensitivity", **BUDGET})  # fmt: skip
 @register("mango", "MANGO: least error per byte under a budget of a fraction of AdamW's 8 bytes", "this repository", lr=3e-3,
           options={"policy": "water-filling", **BUDGET})  # fmt: skip
+@register("mango_universal", "MANGO decided by the shipped policy under the same budget", "this repository", lr=3e-3,
+          options={"policy": "universal", **BUDGET})  # fmt: skip
+@register("mango_muon", "the same under Muon's rule", "this repository; Jordan et al. 2024", lr=3e-3,
+          options={"policy": "universal", "rule": "muon", "matrix_lr_scale": 4.0, **BUDGET})  # fmt: skip
 def _mango(named: Named, lr: float, **options: Any) -> Optimizer:
     return MANGO(named, lr=lr, **options)
 
