@@ -295,9 +295,10 @@ class _Adam(_Critical):
         moves, exp_avgs, beta1 = self._moments(group, params, grads, states)
         if self.decoupled and group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        on_cpu = all(p.device.type == "cpu" and p.is_contiguous() for p in params)   # torch's one-pass kernel
+        on_cpu = bool(group["kappa"]) and all(p.device.type == "cpu" and p.is_contiguous() for p in params)
         adam(params, moves, exp_avgs, [s["exp_avg_sq"] for s in states],
-             [s["max_exp_avg_sq"] for s in states if group["amsgrad"]], [s["step"] for s in states], fused=on_cpu or None,
+             [s["max_exp_avg_sq"] for s in states if group["amsgrad"]], [s["step"] for s in states],
+             fused=on_cpu or None,                            # torch's kernel of one pass; without a memory its own choice
              amsgrad=group["amsgrad"], beta1=beta1, beta2=group["betas"][1], lr=group["lr"], eps=group["eps"],
              weight_decay=0.0 if self.decoupled else group["weight_decay"], maximize=False)  # fmt: skip
 

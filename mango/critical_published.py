@@ -57,19 +57,25 @@ def recall(
         priority = size if total is None else total
         chance = group["critical_test"] if variant == "cm" and name != "RMSprop_C" else 0.0
         slot = _admit_to_heap(buffer, priority) if variant == "cg" else _admit(buffer, priority, chance, draws)
+        keys_of = buffer.rows["values"].dtype if variant == "cg_eff" else buffer.keys.dtype
+        keys = buffer.keys.to(keys_of)                       # cg_eff's are of the items' dtype
         if slot is not None:
             _store(buffer, item, slot, keeps_sum=variant != "cg")
-            buffer.keys[slot] = priority
+            keys[slot] = priority
         if not (variant == "cm" and name == "SGD_C" and group["decay"] == 0):
-            buffer.keys = torch.where(buffer.keys > FREE, buffer.keys * group["decay"], buffer.keys)
-        if variant == "cg_eff":                              # keys are of the items' dtype
-            buffer.keys = buffer.keys.to(buffer.rows["values"].dtype).to(buffer.keys.dtype)
+            keys = torch.where(keys > FREE, keys * group["decay"], keys)
+        buffer.keys = keys.to(buffer.keys.dtype)
     return moves
+
+
+def held(buffer: CriticalBuffer) -> int:
+    """How many items there are."""
+    return sum(key > FREE for key in buffer.keys.tolist())
 
 
 def blend(name: str, group: Mapping[str, Any], buffer: CriticalBuffer, x: Tensor) -> Tensor:
     """The gradient with the buffer's items: `aggr` is cg's alone, `kappa` that of cg's SGD_C; cm's RMSprop_C drops x."""
-    n = int((buffer.keys > FREE).sum())
+    n = held(buffer)
     if n == 0:
         return x.clone()
     if buffer.running is not None:
@@ -84,7 +90,7 @@ def blend(name: str, group: Mapping[str, Any], buffer: CriticalBuffer, x: Tensor
 
 def _admit(buffer: CriticalBuffer, priority: Tensor, chance: float, draws: Draws) -> int | None:
     """The slot for a new item. What is to be FIFO overwrites the last slot that was found to be the least; `ages` marks it."""
-    n = int((buffer.keys > FREE).sum())
+    n = held(buffer)
     if n < buffer.keys.numel():
         return n
     if draws.next() < chance:
@@ -131,7 +137,7 @@ def momenta(
     group: Mapping[str, Any], buffers: Sequence[CriticalBuffer], exp_avgs: Sequence[Tensor], grads: Sequence[Tensor], draws: Draws
 ) -> list[Tensor]:
     """What Adam_CM moves by. A tensor's first step stores the gradient, leaves the momentum zero and moves nothing."""
-    first = [not bool((buffer.keys > FREE).any()) for buffer in buffers]
+    first = [held(buffer) == 0 for buffer in buffers]
     for exp_avg, grad, new in zip(exp_avgs, grads, first, strict=True):
         if not new:
             exp_avg.lerp_(grad, 1 - group["betas"][0])

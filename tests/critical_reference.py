@@ -68,8 +68,8 @@ def some() -> Iterator[Trajectory]:
             problem = run["problem"]
             row, places = count[problem], range(len(SHAPES[problem]))
             count[problem] += 1
-            yield Trajectory(run, [arrays[f"{problem}.init.{i}"] for i in places], [arrays[f"{problem}.grads.{i}"] for i in places],
-                             arrays[f"{problem}.params"][row], arrays[f"{problem}.events"][row])  # fmt: skip
+            start, grads = ([arrays[f"{problem}.{what}.{i}"] for i in places] for what in ("init", "grads"))
+            yield Trajectory(run, start, grads, arrays[f"{problem}.params"][row], arrays[f"{problem}.events"][row])
 
 
 def build(facts: dict[str, Any], params: list[Parameter]) -> critical.SGD_C | critical.RMSprop_C | critical.Adam_C:
@@ -135,8 +135,8 @@ def main() -> None:
     if source is None:
         raise SystemExit("no reference: set MANGO_REFERENCE to the folder of cg_cm_reference.npz")
     kept = chosen(list(everything(source)))
-    facts = [{name: run.facts[name] for name in ("id", "lib", "cls", "problem", "dtype", "numpy_seed", "kwargs", "resolved", "tag")}
-             for run in kept]  # fmt: skip
+    names = ("id", "lib", "cls", "problem", "dtype", "numpy_seed", "kwargs", "resolved", "tag")
+    facts = [{name: run.facts[name] for name in names} for run in kept]
     arrays: dict[str, Any] = {"runs": np.array(json.dumps(facts))}
     for problem in SHAPES:
         mine = [run for run in kept if run.facts["problem"] == problem]
