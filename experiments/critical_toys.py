@@ -5,8 +5,8 @@
 Classification: scikit-learn's moons and circles, a small network, minibatches. Every optimizer is tried at torch's rate and at
 a tenth of it; both are printed, and the one of the lower validation loss is measured on test points, paired by seed with its
 vanilla optimizer, which chooses its rate in the same way. Exploration: Goldstein-Price and Ackley from 100 starts, Adam against
-Adam_CM from the same ones: how many come near the global minimum, how many end there, how low, and how far they travelled. Every start is a
-tensor with a memory of its own. Intervals of means are bootstrapped over pairs.
+Adam_CM from the same ones: how many come near the global minimum, how many end there, how low, and how far they travelled.
+Every start is a tensor with a memory of its own. Intervals of means are bootstrapped over pairs.
 """
 
 import math
@@ -135,7 +135,7 @@ CLOSE = 0.25                                            # from the global minimu
 
 
 def descend(name: str, kind: Callable[..., Optimizer], lr: float, args: Args) -> dict[str, Tensor]:
-    """From all starts at once, each (starts,): end values, who came near the global minimum, who ended there, the way travelled."""
+    """From all starts at once, each (starts,): end values, who came near the global minimum, who ended there, the way gone."""
     function, half, minimum = FUNCTIONS[name]
     generator = torch.Generator().manual_seed(0)
     start = (2 * torch.rand(args.starts, 2, generator=generator, dtype=torch.float64) - 1) * half
@@ -174,9 +174,10 @@ def exploration(args: Args) -> list[dict[str, Any]]:
                     low, high = bootstrap_interval((mine[what] - plain[what]).tolist())
                     told |= {f"adam_{what}": plain[what].mean().item(), f"adam_cm_{what}": mine[what].mean().item(),
                              f"{what}_gap_interval": [low, high]}  # fmt: skip
-                rows.append(told | {"adam_median_value": plain["value"].median().item(),
-                                    "adam_cm_median_value": mine["value"].median().item(),
-                                    "travelled_ratio": (mine["travelled"].mean() / plain["travelled"].mean()).item()})  # fmt: skip
+                told |= {"adam_median_value": plain["value"].median().item(),
+                         "adam_cm_median_value": mine["value"].median().item(),
+                         "travelled_ratio": (mine["travelled"].mean() / plain["travelled"].mean()).item()}  # fmt: skip
+                rows.append(told)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     return rows
 

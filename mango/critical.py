@@ -316,8 +316,8 @@ class Adam_C(_Adam):
     >>> optimizer = Adam_C(model.parameters(), lr=1e-3, topC=5, decay=0.7, buffer_codec="int8")
     >>> model(torch.ones(1, 100)).sum().backward()
     >>> optimizer.step()
-    >>> optimizer.state_bytes() // 1000                       # 8 of Adam, 5 of the items; scales and books
-    13
+    >>> optimizer.state_bytes() // 1000                       # 8 of Adam, 5 of the items, 4 of their sum; scales and books
+    17
     """
 
 

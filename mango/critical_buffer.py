@@ -21,7 +21,7 @@ ALIASES = {"fp32": "float32", "bf16": "bfloat16", "int8": "signed8", "int6": "lo
 BUFFER_CODECS = tuple(codec.name for codec in SIGNED.values())
 LARGEST = 3e38                                                        # norms from here on are none: every format holds less
 FREE = -math.inf
-SUMMED_AFRESH = 5                                                     # up to here, items are summed as quickly as a sum is kept
+SUMMED_AFRESH = 2                                                     # up to here, items are summed as quickly as a sum is kept
 
 
 def buffer_codec(codec: str | None, dtype: torch.dtype | None = None) -> str | None:

@@ -236,9 +236,9 @@ def test_i11_compatible_is_refused_where_a_package_has_no_such_class_or_format()
         Adam_C(params_of((4,)), compatible="cg_eff", buffer_codec="int8")
 
 
-@pytest.mark.parametrize(("topC", "expected"), [(1, 12), (5, 28), (10, 52), (20, 92)])
+@pytest.mark.parametrize(("topC", "expected"), [(1, 12), (2, 16), (5, 32), (10, 52), (20, 92)])
 def test_i13_topC_is_how_many_are_kept_and_costs_4_bytes_each(topC: int, expected: int) -> None:
-    """And 4 more for a sum where more than 5 are kept. Books and the step count are 12 bytes per slot and 20."""
+    """And 4 more for their sum where more than 2 are kept. Books and the step count are 8 bytes per slot and 20."""
     params = params_of((100, 100))
     optimizer = Adam_C(params, topC=topC)
     run(optimizer, params, range(topC + 3))

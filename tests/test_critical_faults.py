@@ -137,7 +137,8 @@ def test_kappa_may_change_while_training() -> None:
 
 @each
 @pytest.mark.parametrize("options", [
-    {}, {"aggr": "mid"}, {"buffer_dtype": torch.bfloat16}, {"topC": 7, "buffer_codec": "int8"}, {"critical_test": 0.5},
+    {}, {"aggr": "mid", "running_sum": False}, {"buffer_dtype": torch.bfloat16, "running_sum": False}, {"buffer_codec": "int8"},
+    {"critical_test": 0.5},
 ])  # fmt: skip
 def test_what_a_gpu_runs_gives_what_the_cpu_runs(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions stay tensors there. Nothing asks them for a number: `Tensor.item` and the like fail in this test."""
