@@ -317,7 +317,7 @@ def test_cifar10_is_decoded_once_into_the_cache(jpegs: Path, monkeypatch: pytest
     level = np.random.default_rng(0).integers(0, 256, (40, 3))                 # flat images survive JPEG within a few levels
     assert np.abs(pixels.astype(int) - level[:, :, None, None]).max() <= 4
     monkeypatch.setattr(cifar10, "_decode_all", None)                          # a second decoding would fail
-    cifar10.load_cifar10.cache_clear()
+    cifar10.load_cifar.cache_clear()
     make_workload("cifar10_cnn", 0, batch=8, width=4)
 
 
