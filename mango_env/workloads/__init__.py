@@ -4,6 +4,7 @@ Importing this package loads no data set and no library but torch and numpy; a w
 """
 
 from mango_env.workloads import (  # each puts its workloads into the table
+    bert,
     cifar10,
     digits,
     fashion,
@@ -39,6 +40,7 @@ __all__ = [
     "ResumableWorkload",
     "Workload",
     "WorkloadBuilder",
+    "bert",
     "check_workload",
     "cifar10",
     "digits",
