@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from mango_env.workloads import bert, initialise
@@ -45,7 +46,7 @@ def write_cifar100(root: Path) -> None:
     rng = np.random.default_rng(0)
     for part, count in (("train", 120), ("test", 40)):
         labels = (np.arange(count) % 4).astype(np.uint8)
-        files = [np.frombuffer(picture(rng, label, 32, 32), np.uint8) for label in labels]
+        files = [np.frombuffer(picture(rng, int(label), 32, 32), np.uint8) for label in labels]
         offsets = np.cumsum([0, *map(len, files)]).astype(np.int32)
         np.savez(root / f"cifar100_{part}_jpeg.npz", jpeg=np.concatenate(files), offsets=offsets, y=labels)
 
@@ -118,7 +119,7 @@ def published(model: Bert) -> dict[str, torch.Tensor]:
     return found
 
 
-def write_cifar100_pickles(root: Path) -> tuple[np.ndarray, list[int]]:  # type: ignore[type-arg]
+def write_cifar100_pickles(root: Path) -> tuple[NDArray[np.uint8], list[int]]:
     """A folder `cifar-100-python` as its authors' files are, of six images a part; pixels and labels of the training part."""
     import pickle
 

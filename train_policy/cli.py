@@ -269,7 +269,7 @@ def run(
     seeds: Annotated[int, typer.Option(help="runs per method")] = 1,
     seed: SeedOption = 0,
     target: Annotated[float | None, typer.Option(help="report the first step at which --metric reaches it")] = None,
-    metric: Annotated[str, typer.Option(help="loss (of training), or held out: val_loss, val_accuracy, val_perplexity, bleu")] = "loss",
+    metric: Annotated[str, typer.Option(help="loss (training's), or held out: val_loss, val_accuracy, bleu, ...")] = "loss",
     evaluate_every: Annotated[int, typer.Option(help="optimizer steps between looks at a held-out --metric")] = 100,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda with --gpu-memory-fraction, else cpu")] = None,
     gpu_memory_fraction: Annotated[float | None, typer.Option(help="share of the GPU's memory that may be used")] = None,

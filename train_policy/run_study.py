@@ -65,7 +65,7 @@ class Args:
     seeds: int = 1                                       # runs per method
     seed: int = 0                                        # the first of them
     target: float | None = None                          # a goal: the first step at which `metric` reaches it
-    metric: str = TRAINING_LOSS                          # or a held-out measure: val_loss, val_accuracy, val_perplexity, bleu, ...
+    metric: str = TRAINING_LOSS                          # or a held-out measure: val_loss, val_accuracy, bleu, ...
     evaluate_every: int = 100                            # optimizer steps between looks at a held-out metric
     device: str = "cpu"                                  # where the model is
 
@@ -357,7 +357,7 @@ def study(args: Args, report: Report = print, failed: Report | None = None) -> t
     `report` is told each result, `failed` (None: the same) each failure; what happens inside a run goes to the logger
     `mango.study`. Raises what making the workload raises.
     """
-    make_workload(args.workload, args.seed, **workload_options(args))  # a data set that is not there fails no method: it fails all
+    make_workload(args.workload, args.seed, **workload_options(args))  # a data set that is not there fails all methods alike
     rows: list[Row] = []
     failures: list[Row] = []
     for method in chosen(args):

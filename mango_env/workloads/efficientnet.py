@@ -10,7 +10,10 @@ from mango_env.workloads.data import check_positive
 from mango_env.workloads.resnet import convolution
 
 # Table 1 of the paper: expansion, kernel, stride, channels, blocks of each stage at scale 1.
-STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1))
+STAGES = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1),
+)  # fmt: skip
 STEM = 32                                                                      # channels at scale 1
 WIDTH_B4, DEPTH_B4, DROPOUT_B4 = 1.4, 1.8, 0.4
 STOCHASTIC_DEPTH = 0.2                                                         # of the last block; of earlier ones less
@@ -53,7 +56,7 @@ class InvertedResidual(nn.Module):
         self.norm_expand = nn.BatchNorm2d(wide) if expansion > 1 else nn.Identity()
         self.depthwise = convolution(wide, wide, kernel, stride, groups=wide)
         self.norm_depthwise = nn.BatchNorm2d(wide)
-        self.gate = SqueezeExcitation(wide, max(1, inputs // 4))
+        self.squeeze_excitation = SqueezeExcitation(wide, max(1, inputs // 4))
         self.project = convolution(wide, outputs, 1)
         self.norm_project = nn.BatchNorm2d(outputs)
         self.widens = expansion > 1
@@ -61,9 +64,9 @@ class InvertedResidual(nn.Module):
         self.dropped = dropped
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.silu(self.norm_expand(self.expand(x))) if self.widens else x
-        y = self.gate(F.silu(self.norm_depthwise(self.depthwise(y))))
-        y = self.norm_project(self.project(y))
+        y: Tensor = F.silu(self.norm_expand(self.expand(x))) if self.widens else x
+        y = self.squeeze_excitation(F.silu(self.norm_depthwise(self.depthwise(y))))
+        y = self.norm_project(self.project(y))                                 # (B, outputs, H', W')
         if not self.skips:
             return y
         if self.training and self.dropped > 0:
@@ -79,7 +82,13 @@ class EfficientNet(nn.Module):
     """
 
     def __init__(
-        self, classes: int, *, width: float = WIDTH_B4, depth: float = DEPTH_B4, dropout: float = DROPOUT_B4, blocks: int | None = None
+        self,
+        classes: int,
+        *,
+        width: float = WIDTH_B4,
+        depth: float = DEPTH_B4,
+        dropout: float = DROPOUT_B4,
+        blocks: int | None = None,
     ) -> None:
         super().__init__()
         check_positive(classes=classes, **({} if blocks is None else {"blocks": blocks}))
@@ -87,7 +96,8 @@ class EfficientNet(nn.Module):
             raise ValueError(f"width={width!r} and depth={depth!r} must be positive, dropout={dropout!r} in [0, 1)")
         counts = [math.ceil(stage[4] * depth) for stage in STAGES]
         counts = counts if blocks is None else [min(count, blocks) for count in counts]
-        inputs, made = scaled(STEM, width), []
+        inputs = scaled(STEM, width)
+        made: list[InvertedResidual] = []
         self.stem = convolution(3, inputs, 3, 2)
         self.norm_stem = nn.BatchNorm2d(inputs)
         for (expansion, kernel, stride, channels, _), count in zip(STAGES, counts, strict=True):

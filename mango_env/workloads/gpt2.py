@@ -122,8 +122,8 @@ def gpt2(
     network = partial(GPT2, vocabulary=merges + 257, dropout=dropout, recompute=recompute)
     sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
     workload = TokenModel(
-        load_tokens(data, "gpt2", merges), seed, network, steps=steps, lr=chosen.lr if lr is None else lr, val_windows=val_windows,
-        embedding_std=EMBEDDING_STD, stochastic=dropout > 0, dtype=dtype_of(dtype, "gpt2"), **sizes,
+        load_tokens(data, "gpt2", merges), seed, network, dtype_of(dtype, "gpt2"), dropout > 0, steps=steps,
+        lr=chosen.lr if lr is None else lr, val_windows=val_windows, embedding_std=EMBEDDING_STD, **sizes,
     )  # fmt: skip
     scale_residuals(workload.model, depth)
     return workload

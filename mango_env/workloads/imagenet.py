@@ -85,11 +85,8 @@ class ImageFolder(Shared):
         low, high = (torch.tensor(ASPECT, dtype=torch.float64).log()).tolist()
         area = AREA[0] + (AREA[1] - AREA[0]) * draws[:, 0]
         aspect = (low + (high - low) * draws[:, 1]).exp()
-        crops = [
-            Crop(*numbers, mirrored)
-            for *numbers, mirrored in zip(*(v.tolist() for v in (area, aspect, draws[:, 2], draws[:, 3], draws[:, 4] < 0.5)), strict=True)
-        ]
-        return self._decode(paths, crops)
+        columns = (area, aspect, draws[:, 2], draws[:, 3], draws[:, 4] < 0.5)
+        return self._decode(paths, [Crop(*drawn) for drawn in zip(*(column.tolist() for column in columns), strict=True)])
 
     def inputs(self, examples: Tensor | list[str], weight: Tensor) -> Tensor:
         """What a model takes in: of pixels, or of the middles of files; on the device and of the dtype of `weight`."""

@@ -137,8 +137,8 @@ def llama(
     network = partial(Llama, inner=chosen.inner, vocabulary=merges + 257, recompute=recompute)
     sizes = {"batch": batch, "context": context, "width": chosen.width, "depth": depth, "heads": chosen.heads}
     workload = TokenModel(
-        load_tokens(data, "llama", merges), seed, network, steps=steps, lr=chosen.lr if lr is None else lr,
-        val_windows=val_windows, embedding_std=EMBEDDING_STD, dtype=dtype_of(dtype, "llama"), **sizes,
+        load_tokens(data, "llama", merges), seed, network, dtype_of(dtype, "llama"), steps=steps,
+        lr=chosen.lr if lr is None else lr, val_windows=val_windows, embedding_std=EMBEDDING_STD, **sizes,
     )  # fmt: skip
     scale_residuals(workload.model, depth)
     return workload

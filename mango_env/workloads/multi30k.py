@@ -48,8 +48,8 @@ def load_multi30k(train: Path, val: Path, source_words: int, target_words: int, 
         length = context + side
         rows.append([encode_sentences(part[side], vocabulary, length, marked=bool(side)) for part in sides])
     references = tuple(" ".join(words) for words in sides[1][1])
-    target_words = ("",) * UNKNOWN + ("<unk>",) + ("",) * (RESERVED - UNKNOWN - 1) + tuple(vocabulary)
-    return TranslationData(rows[0][0], rows[1][0], rows[0][1], rows[1][1], references, target_words)
+    names = ("",) * UNKNOWN + ("<unk>",) + ("",) * (RESERVED - UNKNOWN - 1) + tuple(vocabulary)
+    return TranslationData(rows[0][0], rows[1][0], rows[0][1], rows[1][1], references, names)
 
 
 def _sentences(path: Path) -> tuple[list[list[str]], list[list[str]]]:

@@ -125,13 +125,14 @@ class LanguageModel:
     """Next-symbol prediction on windows drawn at random; `val_loss` is in nats per symbol, on evenly spaced windows.
 
     `network(context=..., **sizes)` makes the model: symbols (B, T) to logits (B, T, V), of which none sees a later symbol.
-    A `stochastic` one draws in its forward pass (dropout): then from the workload's generator.
+    Its parameters are of `dtype`. A `stochastic` one draws in its forward pass (dropout): then from the workload's generator.
     """
 
     def __init__(
-        self, data: TextData, seed: int, network: Callable[..., nn.Module] = Transformer, /, *,
+        self, data: TextData, seed: int, network: Callable[..., nn.Module] = Transformer,
+        dtype: torch.dtype = torch.float32, stochastic: bool = False, /, *,
         steps: int, batch: int, context: int, lr: float, val_windows: int = VAL_WINDOWS, embedding_std: float = EMBEDDING_STD,
-        stochastic: bool = False, dtype: torch.dtype = torch.float32, **sizes: int,
+        **sizes: int,
     ) -> None:  # fmt: skip
         check_positive(steps=steps, batch=batch, context=context, val_windows=val_windows, **sizes)
         if context >= min(len(data.train), len(data.val)):
