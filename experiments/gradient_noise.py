@@ -35,7 +35,7 @@ NOISE_SCALE = FEATURE_INDEX["noise_scale"]
 
 @dataclass(frozen=True)
 class Args:
-    seeds: int = 3                                       # runs of each workload
+    seeds: int = 3                                       # runs of each workload, two at least
     seed: int = 0                                        # of the first
     batches: int = 200                                   # of the estimate at fixed parameters
     steps: int = 0                                       # of the runs in thirds; 0: the workload's own

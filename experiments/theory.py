@@ -95,7 +95,7 @@ def shares(codec: Codec, x: Tensor, key: int | None = None) -> Tensor:
 
 def bad_block(codec: Codec, chance: bool) -> float:
     """The largest share lost (by chance: on average) of blocks with one entry of 1 and equal others, tiny ones or none."""
-    values = torch.cat([torch.logspace(-6, -2, 100), torch.linspace(0.01, 1, 200)])
+    values = torch.cat([torch.logspace(-6, -2, 100), torch.linspace(0.01, 1, 1000)])
     found = []
     for first, sign in ((0.0, 1), (0.0, -1), (1e-8, 1)):
         block = values[:, None].repeat(1, getattr(codec, "block", 64))
@@ -106,7 +106,7 @@ def bad_block(codec: Codec, chance: bool) -> float:
         if not chance:
             found.append(float(shares(codec, sign * block).max()))
             continue
-        worst = torch.stack([shares(codec, sign * block, key) for key in range(16)]).mean(0).argmax()
+        worst = torch.stack([shares(codec, sign * block, key) for key in range(8)]).mean(0).argmax()
         again = (sign * block[worst]).expand(512, -1)                              # drawn anew: the largest of means is biased
         found.append(float(shares(codec, again, 99).mean()))
     return max(found)

@@ -59,14 +59,14 @@ def contraction_bound(codec: Codec, shape: Shape, rounding: Rounding = "nearest"
         case LogNormal6():
             return LOG6_BOUNDS[rounding]
         case Log4(block=block):                          # neighbours differ by a ratio, so each entry has the same share
-            ratio = (1e8 * (1 + 2 * BF16)) ** (1 / 14)
+            ratio = math.pow(1e8 * (1 + 2 * BF16), 1 / 14)
             share = {"nearest": (ratio - 1) / (ratio + 1), "mean": (ratio - 1) / math.sqrt(4 * ratio), "any": ratio - 1}
             return SLACK * (share[rounding] ** 2 + block * 1e-16)
         case Ternary2(block=block):
             return SLACK * max(_ternary(min(n, block), 1 + sign * BF16, rounding) for sign in (-1, 1))
         case Factored():                                 # |r c^T / sum|^2 <= (largest row sum) (largest column sum)
             rows, columns = matrix_shape(shape)
-            return 1 + math.sqrt(rows * columns) if min(rows, columns) > 1 else SLACK - 1
+            return 1 + math.sqrt(rows * columns) if min(rows, columns) > 1 else 1e-12
         case Sparse(inner=inner):                        # the largest k hold k / n of the energy at least (Stich et al. 2018)
             k = codec.kept(n)
             inside = contraction_bound(inner, (k,), rounding)
