@@ -25,12 +25,13 @@ from torch.nn import Parameter
 from benchmarks.record import parse, stamp, write
 from experiments.bf16_master import bound as interval
 from mango import MANGO
-from mango.features import FEATURE_INDEX
+from mango.features import FEATURE_INDEX, FEATURES
 from mango_env.run import TrainingRun
 from mango_env.workloads import make_workload
 
 Row = dict[str, Any]
 NOISE_SCALE = FEATURE_INDEX["noise_scale"]
+LARGEST = FEATURES[NOISE_SCALE].high                     # log10, where no |G|^2 above zero was found
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def at_fixed_parameters(run: TrainingRun, seed: int, batches: int) -> tuple[list
 
 
 def noise_scale(args: Args) -> Row:
-    known, rows = [], []
+    known, rows, largest = [], [], []
     for window in (10, 100):
         for scale in (0.1, 1.0, 10.0, 100.0):
             found = known_noise_scale(scale, window, args.seed)
@@ -88,16 +89,19 @@ def noise_scale(args: Args) -> Row:
             known.append({"window": window, "true": scale, "median_ratio": median(found), "least": found[0], "largest": found[-1],
                           "windows_within_10_percent": within})  # fmt: skip
     for seed in range(args.seed, args.seed + args.seeds):
-        run = TrainingRun("source_lm", seed, horizon=100, interval=50, memory_budget=2.0)
+        run = TrainingRun("source_lm", seed, horizon=100, memory_budget=2.0)
         while not run.done:
             run.advance()
             seen = run.observe()
+            largest.append(float((seen[:, NOISE_SCALE] >= LARGEST).mean()))
+            if run.t % 50:
+                continue
             cosine = seen[:, FEATURE_INDEX["grad_cosine"]].clip(1e-10)                # |G|^2 / (|G|^2 + tr(Sigma)) where G stays
             true, still = at_fixed_parameters(run, 1_000 + seed, args.batches)
             for i, layer in enumerate(run.layers):
                 rows.append({"seed": seed, "step": run.t, "layer": layer.name, "many_batches": true[i], "feature_still": still[i],
                              "feature": 10 ** float(seen[i, NOISE_SCALE]), "from_cosine": float(1 / cosine[i] - 1)})  # fmt: skip
-    return {"known": known, "source_lm": {name: agreement(rows, name) for name in ("feature_still", "feature", "from_cosine")},
+    return {"known": known, "at_its_largest": mean(largest), "source_lm": {name: agreement(rows, name) for name in ("feature_still", "feature", "from_cosine")},
             "rows": rows}  # fmt: skip
 
 
@@ -105,7 +109,7 @@ def agreement(rows: Sequence[Row], name: str) -> Row:
     """An estimate against that of many batches: how often at its largest, off by what factor, and Spearman's correlation."""
     logs = torch.tensor([(row[name], row["many_batches"]) for row in rows]).double().clamp(min=1e-10).log()
     off, order = (logs[:, 0] - logs[:, 1]).abs(), logs.argsort(0).argsort(0).double()
-    return {"layers": len(rows), "saturated": sum(row[name] >= 0.99e10 for row in rows),
+    return {"layers": len(rows), "at_its_largest": sum(row[name] >= 0.99 * 10**LARGEST for row in rows),
             "spearman": float(torch.corrcoef(order.T)[0, 1]), "median_factor_off": float(off.median().exp()),
             "worst_factor_off": float(off.max().exp())}  # fmt: skip
 

@@ -37,7 +37,7 @@ def signed(codec: Codec) -> bool:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@given(values=st.lists(entries, min_size=1, max_size=300), exponent=st.integers(-20, 18), key=st.one_of(st.none(), st.integers(0, 9)))
+@given(values=st.lists(entries, min_size=1, max_size=300), exponent=st.integers(-20, 18), key=st.none() | st.integers(0, 9))
 @quick
 def test_h2_nothing_that_is_coded_loses_more_than_its_format_declares(
     name: str, values: list[float], exponent: int, key: int | None
@@ -50,7 +50,7 @@ def test_h2_nothing_that_is_coded_loses_more_than_its_format_declares(
         sample = case if signed(codec) else case.abs()
         bound = contraction_bound(codec, tuple(sample.shape), "nearest" if key is None else "any")
         lost = (encode(codec, sample, key).decode().double() - sample.double()).square().sum()
-        assert lost <= bound * sample.double().square().sum() + 2.0**-230          # blocks below 2^-100 are not promised
+        assert lost <= bound * (1 + 1e-12) * sample.double().square().sum() + 2.0**-230  # blocks below 2^-100 are not promised
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (30, 7)])
@@ -79,9 +79,9 @@ def test_h2_by_chance_the_mean_loss_is_within_its_bound(name: str) -> None:
 def six_bits_excess(span: int, rounding: Rounding, bound: float, multipliers: Tensor, cells: int) -> Tensor:
     """By Lagrange's duality at least how far a block of 6-bit codes can lose more than `bound`, per multiplier (M, 1).
 
-    Its levels below 1 are `ratio` apart. Where x is below the lowest, d = ln(max / |x|) is limited: the sum of squares of all d is
-    at most k^2 variance (k values that are not zero), and the span tells the variance up to half its unit (240: any larger one). The codec reads logarithms
-    off the floats, right up to 0.07: a chord for the curve, 1/128 octave, the scale's rounding.
+    Its levels below 1 are `ratio` apart. Where x is below the lowest, d = ln(max / |x|) is limited: the sum of all d^2 is at most
+    k^2 variance (k values that are not zero), and the span tells the variance up to half its unit (240: any larger one). The
+    codec reads logarithms off the floats, right up to 0.07: a chord for the curve, 1/128 octave, the scale's rounding.
     """
     ratio, share = LOG6_STEP**span, (span + 0.5) / 240
     ends = ratio**30 * torch.linspace(0, 1, cells + 1, dtype=torch.float64)
@@ -220,8 +220,9 @@ def test_d9_rank_and_rounding_lose_no_more_than_declared(rank: int, decay: float
 
 def test_d9_no_constant_serves_all_sizes_where_the_spectrum_is_flat() -> None:
     """At half the rank half is lost, so c is at least (1/2) / (2 / m + 2^-16): it grows with the matrix."""
-    ratios = [outside(torch.eye(m), find(torch.eye(m), m // 2, Generator().manual_seed(0))) / (2 / m + 2.0**-16) for m in (16, 64, 256)]
-    assert all(ratio == pytest.approx(m / 4, rel=0.01) for m, ratio in zip((16, 64, 256), ratios, strict=True))
+    for m in (16, 64, 256):
+        lost = outside(torch.eye(m), find(torch.eye(m), m // 2, Generator().manual_seed(0)))
+        assert lost / (2 / m + 2.0**-16) == pytest.approx(m / 4, rel=0.01)
 
 
 def test_d9_rows_of_matrices_are_each_projected_as_a_refresh_would() -> None:
@@ -252,8 +253,8 @@ def test_the_results_say_what_the_document_says(root: Path) -> None:
     """In the committed file no measured loss is above its bound, and every slope, residual and ratio is where it is claimed."""
     found = json.loads((root / "benchmarks" / "results" / "theory.json").read_text(encoding="utf-8"))
     for row in found["contraction"]:
-        worst = max(part["worst"] if row["rounding"] == "nearest" else part["mean"] for part in row.values() if isinstance(part, dict))
-        assert worst <= row["bound"] * (1 + 1e-3), row["format"]
+        measured = "worst" if row["rounding"] == "nearest" else "mean"
+        assert max(part[measured] for part in row.values() if isinstance(part, dict)) <= row["bound"] * (1 + 1e-3), row["format"]
     assert all(row["worst_of_bound"] <= 1 for row in found["run"])
     assert all(row["slope_min"]["mean"] <= -0.45 for row in found["convergence"]["methods"] if "no feedback" not in row["method"])
     assert all(row["holds"] for row in found["feedback"])
