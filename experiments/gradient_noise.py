@@ -101,8 +101,8 @@ def noise_scale(args: Args) -> Row:
             for i, layer in enumerate(run.layers):
                 rows.append({"seed": seed, "step": run.t, "layer": layer.name, "many_batches": true[i], "feature_still": still[i],
                              "feature": 10 ** float(seen[i, NOISE_SCALE]), "from_cosine": float(1 / cosine[i] - 1)})  # fmt: skip
-    return {"known": known, "at_its_largest": mean(largest), "source_lm": {name: agreement(rows, name) for name in ("feature_still", "feature", "from_cosine")},
-            "rows": rows}  # fmt: skip
+    compared = {name: agreement(rows, name) for name in ("feature_still", "feature", "from_cosine")}
+    return {"known": known, "at_its_largest": mean(largest), "source_lm": compared, "rows": rows}
 
 
 def agreement(rows: Sequence[Row], name: str) -> Row:
