@@ -130,7 +130,7 @@ def encode(codec: Codec, x: Tensor, key: int | None = None) -> Encoded:
 
 def safe(scale: Tensor) -> Tensor:
     """`scale` with every entry that is not positive replaced by one: a denominator."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, 1.0)
 
 
 @register_codec

@@ -16,8 +16,11 @@ Window = tuple[Tensor, Tensor | None]
 def window_of(state: TensorState) -> Window:
     """The first entries of both moments, decoded: (n,) each; None where there is no second."""
     exp_avg, exp_avg_sq = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq")
-    nothing = torch.zeros(min(WINDOW, math.prod(state.shape)), device=state.device)
-    return nothing if exp_avg is None else head(exp_avg, WINDOW), None if exp_avg_sq is None else head(exp_avg_sq, WINDOW)
+    if exp_avg is None:
+        first = torch.zeros(min(WINDOW, math.prod(state.shape)), device=state.device)
+    else:
+        first = head(exp_avg, WINDOW)
+    return first, None if exp_avg_sq is None else head(exp_avg_sq, WINDOW)
 
 
 def probe_fused(
@@ -37,10 +40,10 @@ def probe_fused(
     stored = stored if state.config.has_momentum else exp_avg
     storing = (direction(stored, stored_sq) - ideal).norm() / safe(ideal.norm())
     residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else ideal.new_zeros(())
-    found = torch.tensor([param_norm, moved, alignment], device=ideal.device)
+    sizes, distance, cosine = torch.tensor([param_norm, moved, alignment], device=ideal.device).unbind()
     statistics.probe(
-        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=found[0], moved=found[1],
-        error=torch.hypot(storing, coding), alignment=found[2], residual_norm=residual, loss_change=loss_change,
+        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=sizes, moved=distance,
+        error=torch.hypot(storing, coding), alignment=cosine, residual_norm=residual, loss_change=loss_change,
     )  # fmt: skip
 
 
