@@ -28,10 +28,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:        # (B, T, W); (B, 1, 1, T) bool: what may be read
         batch, context, width = x.shape
-        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, W/H)
+        qkv = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, W/H)
+        q, k, v = qkv
         if self.rotation is not None:
-            cos, sin = self.rotation[:, :context]
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = _rotate(qkv[:2], *self.rotation[:, :context])
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         y: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, context, width))
         return y
@@ -39,12 +39,14 @@ class Attention(nn.Module):
 
 def _angles(context: int, pairs: int) -> Tensor:
     angle = torch.arange(context)[:, None] * 10_000.0 ** (-torch.arange(pairs) / pairs)  # (T, W/H/2) radians
-    return torch.stack([angle.cos(), angle.sin()])                             # (2, T, W/H/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])  # (2, T, W/H)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)                                                      # (B, H, T, W/H/2) each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    """Pairs (a, b), which are half of the width apart, to (a cos - b sin, b cos + a sin). In few operations: a small
+    model spends more time here than on its products."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin                        # (..., T, W/H)
 
 
 class CrossAttention(nn.Module):
