@@ -62,7 +62,8 @@ def head(enc: Encoded, n: int) -> Tensor:
         row, column = enc.parts["values_row"], enc.parts["values_column"]
         place = torch.arange(n, device=row.device)
         return row[place // column.numel()] / safe(row.mean()) * column[place % column.numel()]
-    return Encoded(enc.codec, (n,), native.first(enc.codec, enc.parts, n)).decode().clone()
+    dense = Encoded(enc.codec, (n,), native.first(enc.codec, enc.parts, n)).decode()
+    return dense.clone() if enc.codec == "float32" else dense
 
 
 class Codec(Protocol):

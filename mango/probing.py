@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mango.codecs import head, safe
-from mango.rules import RULES, Hyper
+from mango.rules import RULES, Hyper, advance_moments
 from mango.state import TensorState, direction
 from mango.statistics import WINDOW, GradientStatistics
 
@@ -16,11 +16,10 @@ Window = tuple[Tensor, Tensor | None]
 def window_of(state: TensorState) -> Window:
     """The first entries of both moments, decoded: (n,) each; None where there is no second."""
     exp_avg, exp_avg_sq = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq")
+    second = None if exp_avg_sq is None else head(exp_avg_sq, WINDOW)
     if exp_avg is None:
-        first = torch.zeros(min(WINDOW, math.prod(state.shape)), device=state.device)
-    else:
-        first = head(exp_avg, WINDOW)
-    return first, None if exp_avg_sq is None else head(exp_avg_sq, WINDOW)
+        return torch.zeros(min(WINDOW, math.prod(state.shape)), device=state.device), second
+    return head(exp_avg, WINDOW), second
 
 
 def probe_fused(
@@ -34,7 +33,10 @@ def probe_fused(
     exp_avg, exp_avg_sq = before
     hyper = hyper if state.has_momentum else hyper.without_momentum()
     start = gradient.reshape(-1)[: exp_avg.numel()].float()
-    RULES[state.rule].direction(start, exp_avg, exp_avg_sq, hyper, state.step)     # advances both, in place
+    if exp_avg_sq is not None:
+        advance_moments(start, exp_avg, exp_avg_sq, hyper.betas)                    # in place
+    else:
+        RULES[state.rule].direction(start, exp_avg, None, hyper, state.step)       # in place as well
     ideal = direction(exp_avg, exp_avg_sq)
     stored, stored_sq = window_of(state)
     stored = stored if state.config.has_momentum else exp_avg

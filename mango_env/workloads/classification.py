@@ -38,7 +38,7 @@ class Classification:
     """A classifier trained by cross-entropy on batches in a random order that is new in every epoch.
 
     Batches follow the model to its device and dtype. `val_loss` and `val_accuracy` are taken on all of `data.val_x`.
-    `std` and `embedding_std` are those of `initialise`.
+    `std` and `embedding_std` are those of `initialise`. `batchable`: see `BatchableWorkload`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Classification:
         augment: Augmentation | None = None,
         std: float | None = None,
         embedding_std: float = 0.02,
+        batchable: bool = False,
     ) -> None:
         check_positive(steps=steps, batch=batch)
         self._generator = torch.Generator().manual_seed(seed)
@@ -61,6 +62,7 @@ class Classification:
         self.batch = batch
         self.lr = lr
         self.augment = augment
+        self.batchable = batchable
         self._data = data
         self._batches = Batches(len(data.train_y), batch, self._generator)
 
@@ -70,11 +72,17 @@ class Classification:
         return len(self._data.train_y) // self.batch
 
     def loss(self) -> Tensor:
+        return self.batch_loss(self.model, *self.next_batch())
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
         index = self._batches.next()                                           # (B,)
         examples = self._data.train_x[index]                                   # (B, ...)
         if self.augment is not None:
             examples = self.augment(examples, self._generator)
-        return self._cross_entropy(examples, self._data.train_y[index])[0]
+        return examples, self._data.train_y[index]
+
+    def batch_loss(self, model: Callable[..., Tensor], *data: Tensor) -> Tensor:
+        return self._cross_entropy(model, *data)[0]
 
     def evaluate(self) -> dict[str, float]:
         total, correct, count = 0.0, 0, len(self._data.val_y)
@@ -82,7 +90,7 @@ class Classification:
             for start in range(0, count, EVALUATION_BATCH):
                 part = slice(start, start + EVALUATION_BATCH)
                 labels = self._data.val_y[part]
-                loss, logits = self._cross_entropy(self._data.val_x[part], labels)
+                loss, logits = self._cross_entropy(self.model, self._data.val_x[part], labels)
                 total += float(loss) * len(labels)
                 correct += int((logits.argmax(1).cpu() == labels).sum())
         return {"val_loss": total / count, "val_accuracy": correct / count}
@@ -93,7 +101,7 @@ class Classification:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_state(state, self._generator, self._batches)
 
-    def _cross_entropy(self, examples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, model: Callable[..., Tensor], examples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight = next(self.model.parameters())
-        logits = self.model(self._data.inputs(examples, weight)).float()       # (B, classes)
+        logits = model(self._data.inputs(examples, weight)).float()            # (B, classes)
         return F.cross_entropy(logits, labels.to(weight.device)), logits
