@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,16 +24,13 @@ class Usage:
     sparsity: float = 0.0
     ratio: float = 0.0                       # AdamW's bytes over ours
 
-    def count(self, layers: Sequence[Layer], configs: Sequence[CompressionConfig], ratio: float) -> None:
+    def count(self, bits: "MeanBits", ratio: float) -> None:
         """Add one step."""
-        numel = max(1, sum(layer.numel for layer in layers))
         self.steps += 1
         self.ratio += ratio
-        for layer, config in zip(layers, configs, strict=True):
-            weight = layer.numel / numel
-            self.gradient_bits += config.gradient_bits * weight
-            self.momentum_bits += config.momentum_bits * weight
-            self.sparsity += config.sparsity * weight
+        self.gradient_bits += bits.gradient
+        self.momentum_bits += bits.momentum
+        self.sparsity += bits.sparsity
 
     def averages(self) -> dict[str, float]:
         steps = max(1, self.steps)
@@ -44,6 +41,24 @@ class Usage:
             "avg_sparsity": self.sparsity / steps,
             "changes": float(self.changes),
         }
+
+
+class MeanBits(NamedTuple):
+    """What configs ask for, layers weighted by size."""
+
+    gradient: float
+    momentum: float
+    sparsity: float
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], configs: Sequence[CompressionConfig]) -> "MeanBits":
+        numel = max(1, sum(layer.numel for layer in layers))
+        pairs = [(layer.numel / numel, config) for layer, config in zip(layers, configs, strict=True)]
+        return cls(
+            sum(weight * config.gradient_bits for weight, config in pairs),
+            sum(weight * config.momentum_bits for weight, config in pairs),
+            sum(weight * config.sparsity for weight, config in pairs),
+        )
 
 
 def memory_report(

@@ -62,7 +62,8 @@ def head(enc: Encoded, n: int) -> Tensor:
         row, column = enc.parts["values_row"], enc.parts["values_column"]
         place = torch.arange(n, device=row.device)
         return row[place // column.numel()] / safe(row.mean()) * column[place % column.numel()]
-    return Encoded(enc.codec, (n,), native.first(enc.codec, enc.parts, n)).decode().clone()
+    dense = Encoded(enc.codec, (n,), native.first(enc.codec, enc.parts, n)).decode()
+    return dense.clone() if enc.codec == "float32" else dense
 
 
 class Codec(Protocol):
@@ -130,7 +131,7 @@ def encode(codec: Codec, x: Tensor, key: int | None = None) -> Encoded:
 
 def safe(scale: Tensor) -> Tensor:
     """`scale` with every entry that is not positive replaced by one: a denominator."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, 1.0)
 
 
 @register_codec

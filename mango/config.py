@@ -7,7 +7,7 @@ A policy acts on `KNOBS` (one index per knob and layer) or on a `Ladder` (one ru
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,7 @@ class CompressionConfig:
 
     def to_action(self) -> tuple[int, ...]:
         """Indices into `KNOBS`, one per knob (K,); a sparsity between two menu entries takes the nearest."""
-        return tuple(
-            min(range(len(menu)), key=lambda i: abs(menu[i] - getattr(self, knob))) for knob, menu in KNOBS.items()
-        )
+        return _action_of(self)
 
     @classmethod
     def from_action(cls, action: Sequence[int]) -> "CompressionConfig":
@@ -114,6 +112,11 @@ class CompressionConfig:
             raise ValueError(f"unknown knobs {unknown}; known: {list(KNOBS)}")
         values: dict[str, Any] = {k: float(v) if k == "sparsity" else int(v) for k, v in named.items()}
         return cls(**values)
+
+
+@lru_cache(maxsize=1 << 14)
+def _action_of(config: CompressionConfig) -> tuple[int, ...]:
+    return tuple(min(range(len(menu)), key=lambda i: abs(menu[i] - getattr(config, knob))) for knob, menu in KNOBS.items())
 
 
 FULL = CompressionConfig()
@@ -158,13 +161,21 @@ class Ladder:
 
     def nearest(self, config: CompressionConfig) -> int:
         """The rung whose knobs are closest to `config`: by rank first, then by distance over the menus."""
+        known = self._nearest.get(config)
+        if known is not None:
+            return known
         action = config.to_action()
 
         def distance(rung: CompressionConfig) -> tuple[bool, int]:
             other = rung.to_action()
             return (rung.rank > 0) != (config.rank > 0), sum(abs(a - b) for a, b in zip(action, other, strict=True))
 
-        return min(range(len(self.rungs)), key=lambda i: distance(self.rungs[i]))
+        return self._nearest.setdefault(config, min(range(len(self.rungs)), key=lambda i: distance(self.rungs[i])))
+
+    @cached_property
+    def _nearest(self) -> dict[CompressionConfig, int]:
+        """Rungs that were asked for: a configuration is recorded at every decision of every layer."""
+        return {}
 
     def to_json(self) -> str:
         return json.dumps([r.to_dict() for r in self.rungs])

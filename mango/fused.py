@@ -56,8 +56,9 @@ class FusedUpdate:
         self._versions = [-1] * len(targets)
         self._layers = np.array([-1 if target.layer is None else target.layer for target in targets], np.int64)
         self._skipped = 0
-        self._keys = np.array([noise.step_key(seed, i, 0) for i in range(len(targets))], dtype=np.uint64)
-        self._statistics = statistics
+        self._keys = np.array([noise.step_key(seed, i, 0) for i in range(len(targets))], dtype=np.uint32)
+        self._statistics, self._count = statistics, statistics.count.numpy()
+        self._batch: _Batch | None = None                                          # of the last step
 
     @staticmethod
     def covers(target: Target, state: TensorState) -> bool:
@@ -78,44 +79,50 @@ class FusedUpdate:
 
         Gradients are such as `accepts` takes. Statistics are taken of the fresh ones.
         """
+        batch = self._batch
+        if batch is None or not batch.is_of(work):
+            batch = self._batch = self._batch_of(work)
+        jobs, types = batch.jobs, native.PARAM_TYPES
+        params = [w.target.local for w in work]
+        jobs["param"] = [param.data_ptr() for param in params]
+        jobs["param_type"] = [types[param.dtype] for param in params]               # `model.to(dtype)` changes it
+        jobs["grad"] = [w.gradient.data_ptr() for w in work]
+        jobs["grad_type"] = [types[w.gradient.dtype] for w in work]
+        jobs["key"] = batch.keys + np.uint32(step * 0x9E3779B9 & 0xFFFFFFFF)
+        batch.set_hyper(work)
+        jobs["sample_count"] = batch.sample_count * batch.fresh
+        jobs["window"][batch.sampled] = self._count[batch.sampled_layers] + 1.0
+        jobs["measure"] = measure
+        native.update(jobs)
+        torch.autograd.graph.increment_version(params)                             # backward through old weights is an error
+        return self._results(work, batch, measure)
+
+    def _batch_of(self, work: Sequence[Work]) -> "_Batch":
         rows = np.array([self._row[w.target] for w in work])
         for row, w in zip(rows.tolist(), work, strict=True):
             if self._versions[row] != w.state.version:
                 self._fill(row, w.target, w.state)
                 self._versions[row] = w.state.version
-        jobs = self._jobs[rows]
-        params = [w.target.local for w in work]
-        jobs["param"] = [param.data_ptr() for param in params]
-        types = native.PARAM_TYPES
-        jobs["param_type"] = [types[param.dtype] for param in params]               # `model.to(dtype)` changes it
-        jobs["grad"] = [w.gradient.data_ptr() for w in work]
-        jobs["grad_type"] = [types[w.gradient.dtype] for w in work]
-        jobs["scale"] = [-1.0 if w.target.group["maximize"] else 1.0 for w in work]
-        jobs["key"] = (self._keys[rows] + np.uint64(step * 0x9E3779B9)).astype(np.uint32)
-        self._hyper(jobs, work)
-        sampled = np.array([w.fresh for w in work])
-        jobs["sample_count"] = np.where(sampled, jobs["sample_count"], 0)
-        has = sampled & (jobs["sample_stride"] > 0)
-        if has.any():
-            jobs["window"][has] = self._statistics.count.numpy()[self._layers[rows[has]]] + 1.0
-        jobs["measure"] = measure
-        native.update(jobs)
-        torch.autograd.graph.increment_version(params)                             # backward through old weights is an error
-        return self._results(work, jobs, rows, sampled, measure)
+        return _Batch(work, self._jobs[rows], self._layers[rows], self._keys[rows])
 
-    def _results(
-        self, work: Sequence[Work], jobs: NDArray[Any], rows: NDArray[np.int64], sampled: NDArray[np.bool_], measure: bool
-    ) -> Moves:
-        if (jobs["finite"] == 2).any():
+    def _results(self, work: Sequence[Work], batch: "_Batch", measure: bool) -> Moves:
+        jobs = batch.jobs
+        codes = jobs["finite"]
+        if codes.max() > 1:
             raise MemoryError("the CPU kernels could not allocate their scratch space")
-        finite = jobs["finite"] == 1
-        self._skipped += len(work) - int(finite.sum())
-        for w, good in zip(work, finite.tolist(), strict=True):
-            w.state.step += good
-        norms = np.sqrt(jobs["grad_sq"])
-        took = sampled & finite & (self._layers[rows] >= 0)
-        if took.any():
-            self._statistics.took(torch.from_numpy(self._layers[rows[took]]), torch.from_numpy(norms[took]))
+        finite, norms = codes == 1, np.sqrt(jobs["grad_sq"])
+        if finite.all():
+            for w in work:
+                w.state.step += 1
+            took, layers = batch.observed, batch.observed_layers
+        else:
+            for w, good in zip(work, finite.tolist(), strict=True):
+                w.state.step += good
+            self._skipped += len(work) - int(finite.sum())
+            took = batch.observed & finite
+            layers = batch.layers[took]
+        if len(layers):
+            self._statistics.took(layers, norms[took])
         if not measure:
             nothing = np.zeros(len(work))
             return Moves(finite, norms, nothing, nothing, nothing)
@@ -127,25 +134,6 @@ class FusedUpdate:
         """How many gradients were left out since the last time."""
         skipped, self._skipped = self._skipped, 0
         return skipped
-
-    def _hyper(self, jobs: NDArray[Any], work: Sequence[Work]) -> None:
-        kinds: dict[tuple[int, str, bool], int] = {}
-        numbers: list[tuple[float, ...]] = []                                      # of each kind
-        which = []
-        for w in work:
-            rule, keeps = w.state.rule, w.state.has_momentum
-            place = (id(w.target.group), rule, keeps)
-            kind = kinds.setdefault(place, len(numbers))
-            if kind == len(numbers):
-                hyper = Hyper.of(w.target.group, rule)
-                hyper = hyper if keeps else hyper.without_momentum()
-                beta1 = hyper.momentum if rule == "sgd" else hyper.betas[0]
-                numbers.append((hyper.lr, beta1, hyper.betas[1], hyper.eps, hyper.weight_decay))
-            which.append(kind)
-        lr, beta1, beta2, eps, decay = np.array(numbers)[which].T
-        steps = np.array([w.state.step + 1 for w in work])
-        jobs["lr"], jobs["beta1"], jobs["beta2"], jobs["eps"], jobs["weight_decay"] = lr, beta1, beta2, eps, decay
-        jobs["correction1"], jobs["correction2"] = 1 - beta1**steps, 1 - beta2**steps
 
     def _fill(self, row: int, target: Target, state: TensorState) -> None:
         """What stays until the state is stored anew: sizes, formats, addresses."""
@@ -172,3 +160,54 @@ class FusedUpdate:
             for name in ("mean", "square", "previous"):
                 job[f"sample_{name}"] = tables.tensors[name].data_ptr() + 4 * offset
             job["cosine"] = tables.cosine.data_ptr() + 4 * target.layer
+
+
+class _Batch:
+    """The jobs of tensors that are updated together. They stay from step to step, as long as nothing is stored anew."""
+
+    def __init__(self, work: Sequence[Work], jobs: NDArray[Any], layers: NDArray[np.int64], keys: NDArray[np.uint32]) -> None:
+        self.jobs, self.layers, self.keys = jobs, layers, keys
+        self._states, self._versions = [w.state for w in work], [w.state.version for w in work]
+        self._fresh = [w.fresh for w in work]
+        self.fresh = np.array(self._fresh)                                          # (n,) statistics are taken in the update
+        self.sample_count = jobs["sample_count"].copy()
+        self.sampled = self.fresh & (jobs["sample_stride"] > 0)
+        self.sampled_layers = layers[self.sampled]
+        self.observed = self.fresh & (layers >= 0)
+        self.observed_layers = layers[self.observed]
+        kinds: dict[tuple[int, str, bool], int] = {}
+        places = [(id(w.target.group), w.state.rule, w.state.has_momentum) for w in work]
+        self._kind = np.array([kinds.setdefault(place, len(kinds)) for place in places])  # (n,)
+        self._first = [places.index(kind) for kind in kinds]                        # a tensor of each kind
+        self._numbers: list[tuple[float, ...]] = []                                 # of each kind, at the last step
+        self._beta1 = self._beta2 = np.empty(0)
+
+    def is_of(self, work: Sequence[Work]) -> bool:
+        """Whether these are the same tensors, stored where they were."""
+        states = self._states
+        return (
+            len(work) == len(states)
+            and all(w.state is state for w, state in zip(work, states, strict=True))
+            and [w.state.version for w in work] == self._versions
+            and [w.fresh for w in work] == self._fresh
+        )
+
+    def set_hyper(self, work: Sequence[Work]) -> None:
+        """Put the groups' numbers and the bias corrections of this step into the jobs."""
+        jobs, numbers = self.jobs, [_numbers(work[i]) for i in self._first]
+        if numbers != self._numbers:
+            self._numbers = numbers
+            lr, self._beta1, self._beta2, eps, decay, scale = np.array(numbers)[self._kind].T
+            jobs["lr"], jobs["beta1"], jobs["beta2"], jobs["eps"], jobs["weight_decay"] = lr, self._beta1, self._beta2, eps, decay
+            jobs["scale"] = scale
+        steps = np.array([w.state.step + 1 for w in work])
+        jobs["correction1"], jobs["correction2"] = 1 - self._beta1**steps, 1 - self._beta2**steps
+
+
+def _numbers(work: Work) -> tuple[float, ...]:
+    """Learning rate, betas, eps, weight decay, and the sign of the gradient."""
+    group, state = work.target.group, work.state
+    hyper = Hyper.of(group, state.rule)
+    hyper = hyper if state.has_momentum else hyper.without_momentum()
+    beta1 = hyper.momentum if state.rule == "sgd" else hyper.betas[0]
+    return hyper.lr, beta1, hyper.betas[1], hyper.eps, hyper.weight_decay, -1.0 if group["maximize"] else 1.0

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from mango import checkpoint, master, native, noise
-from mango.accounting import PeakMemory, Usage
+from mango.accounting import MeanBits, PeakMemory, Usage
 from mango.allocation import Allocator, released
 from mango.codecs import safe
 from mango.config import FULL, LADDER, CompressionConfig, Ladder
@@ -25,7 +25,7 @@ from mango.loss_track import LossTrack
 from mango.master import MASTER_BITS, correction_bytes, new_correction
 from mango.memory import Budgeted
 from mango.paging import Pager, Staged
-from mango.policies import Choice, Policy, ScoringPolicy, WaterFillingPolicy
+from mango.policies import Choice, HoldPolicy, Policy, ScoringPolicy, WaterFillingPolicy
 from mango.policy_choice import as_policy
 from mango.probing import Window, probe_dense, probe_fused, window_of
 from mango.ranks import Ranks, clip_grad_norm
@@ -155,6 +155,7 @@ class MANGO(Budgeted):
         self.pager, self.peak = Pager(page_to, self._device()), PeakMemory(self._device())
         self.held = HeldGradients(self._state, self.key_of) if release_gradients else None
         self.losses, self.usage = LossTrack(), Usage()
+        self._counted: list[CompressionConfig] | None = None                # the configs that `_to_count` is of
         self._decision_hooks: OrderedDict[int, Callable[[Decision], None]] = OrderedDict()  # a plain dict takes no weak reference
         self.ranks = Ranks.of([p for g in self.param_groups for p in g["params"]], process_group, shard)
         self._set_up()
@@ -252,7 +253,10 @@ class MANGO(Budgeted):
             self.update_parameters(self.compress_gradients(batch))
         self.ranks.share()
         self.statistics.observe()
-        self.usage.count(self.layers, self.applied, self.adamw_bytes / max(1, self.planned_bytes()))
+        if self._counted is not self.applied:
+            self._counted, ratio = self.applied, self.adamw_bytes / max(1, self.planned_bytes())
+            self._to_count = (MeanBits.of(self.layers, self.applied), ratio)
+        self.usage.count(*self._to_count)
         if self.steps % self.policy_update_freq == 0:
             self.statistics.finish_probe(noise.step_key(self.seed, len(self.targets), self.steps))
             self._decide()
@@ -389,6 +393,10 @@ class MANGO(Budgeted):
 
     def _decide(self) -> None:
         mean = self.losses.close_interval()
+        if type(self.policy) is HoldPolicy and not self._decision_hooks and self.ranks.group is None:
+            self.peak_lr = max(self.peak_lr, float(self.param_groups[0]["lr"]))  # nobody looks: decided from outside
+            self.peak.start_interval()
+            return
         observation = self.ranks.rows(self.observe(summary=self.ranks.merge(self.statistics)))
         self.peak_lr = max(self.peak_lr, float(self.param_groups[0]["lr"]))
         self.peak.start_interval()

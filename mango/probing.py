@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mango.codecs import head, safe
-from mango.rules import RULES, Hyper
+from mango.rules import RULES, Hyper, advance_moments
 from mango.state import TensorState, direction
 from mango.statistics import WINDOW, GradientStatistics
 
@@ -16,8 +16,10 @@ Window = tuple[Tensor, Tensor | None]
 def window_of(state: TensorState) -> Window:
     """The first entries of both moments, decoded: (n,) each; None where there is no second."""
     exp_avg, exp_avg_sq = state.encoded.get("exp_avg"), state.encoded.get("exp_avg_sq")
-    nothing = torch.zeros(min(WINDOW, math.prod(state.shape)), device=state.device)
-    return nothing if exp_avg is None else head(exp_avg, WINDOW), None if exp_avg_sq is None else head(exp_avg_sq, WINDOW)
+    second = None if exp_avg_sq is None else head(exp_avg_sq, WINDOW)
+    if exp_avg is None:
+        return torch.zeros(min(WINDOW, math.prod(state.shape)), device=state.device), second
+    return head(exp_avg, WINDOW), second
 
 
 def probe_fused(
@@ -31,16 +33,19 @@ def probe_fused(
     exp_avg, exp_avg_sq = before
     hyper = hyper if state.has_momentum else hyper.without_momentum()
     start = gradient.reshape(-1)[: exp_avg.numel()].float()
-    RULES[state.rule].direction(start, exp_avg, exp_avg_sq, hyper, state.step)     # advances both, in place
+    if exp_avg_sq is not None:
+        advance_moments(start, exp_avg, exp_avg_sq, hyper.betas)                    # in place
+    else:
+        RULES[state.rule].direction(start, exp_avg, None, hyper, state.step)       # in place as well
     ideal = direction(exp_avg, exp_avg_sq)
     stored, stored_sq = window_of(state)
     stored = stored if state.config.has_momentum else exp_avg
     storing = (direction(stored, stored_sq) - ideal).norm() / safe(ideal.norm())
     residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else ideal.new_zeros(())
-    found = torch.tensor([param_norm, moved, alignment], device=ideal.device)
+    sizes, distance, cosine = torch.tensor([param_norm, moved, alignment], device=ideal.device).unbind()
     statistics.probe(
-        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=found[0], moved=found[1],
-        error=torch.hypot(storing, coding), alignment=found[2], residual_norm=residual, loss_change=loss_change,
+        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=sizes, moved=distance,
+        error=torch.hypot(storing, coding), alignment=cosine, residual_norm=residual, loss_change=loss_change,
     )  # fmt: skip
 
 

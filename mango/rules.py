@@ -70,7 +70,7 @@ def adamw_update(
     beta1, beta2 = betas
     if weight_decay:
         param.mul_(1 - lr * weight_decay)
-    _moments(grad, exp_avg, exp_avg_sq, betas)
+    advance_moments(grad, exp_avg, exp_avg_sq, betas)
     denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
 
@@ -84,13 +84,14 @@ def adamw_direction(
     than `UPDATE_LIMIT` learning rates.
     """
     beta1, beta2 = betas
-    _moments(grad, exp_avg, exp_avg_sq, betas)
+    advance_moments(grad, exp_avg, exp_avg_sq, betas)
     denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
     direction = (exp_avg / denominator).mul_(1 / (1 - beta1**step)).clamp_(-UPDATE_LIMIT, UPDATE_LIMIT)
     return direction.masked_fill_(exp_avg_sq == 0, 0.0)
 
 
-def _moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float]) -> None:
+def advance_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float]) -> None:
+    """Adam's two moving averages, in place."""
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
 

@@ -186,11 +186,17 @@ class TensorState:
     correction: Tensor | None = None                         # of a bfloat16 parameter (`mango.master`)
     device: torch.device = CPU
     version: int = 0                                         # counts the times that something was stored in a new place
+    _measured: tuple[tuple[int, bool], int] | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
+        """Of the storages, measured when something was stored in a new place; while gradients are held, always."""
+        when = (self.version, self.correction is None)
+        if self._measured is not None and self._measured[0] == when and not self.options.release_gradients:
+            return self._measured[1]
         own = 0 if self.correction is None else self.correction.untyped_storage().nbytes()
-        return own + sum(enc.nbytes for enc in self.encoded.values())
+        self._measured = (when, own + sum(enc.nbytes for enc in self.encoded.values()))
+        return self._measured[1]
 
     def components(self) -> dict[str, int]:
         """Bytes by what they are for; scales and indices are counted apart from the values they belong to."""
@@ -263,6 +269,7 @@ class TensorState:
         after = self.layout()
         for slot in set(self.encoded) - set(after) - {"projector"}:
             del self.encoded[slot]                               # with its feedback gone, a residual has no receiver
+            self.version += 1
 
         def growth(slot: str) -> int:
             codec, shape = after[slot]
@@ -278,6 +285,7 @@ class TensorState:
         for slot in sorted(sorted(set(after) - made), key=growth):
             codec, shape = after[slot]
             if slot not in self.encoded:
+                self.version += 1
                 self.encoded[slot] = encode(codec, torch.zeros(shape, device=self.device))
             elif codec.name != self.encoded[slot].codec or growth(slot):
                 self._store(slot, self.encoded[slot].decode(), key)
@@ -289,6 +297,7 @@ class TensorState:
         self.config = config
         for slot in ("projector", "exp_avg", "exp_avg_sq"):
             self.encoded.pop(slot, None)
+        self.version += 1
         if config.rank:
             matrix = matricise(exp_avg)
             p = find(matrix, config.rank, noise.generator(noise.split(key, noise.SKETCH), matrix.device))
@@ -487,4 +496,4 @@ def direction(exp_avg: Tensor, exp_avg_sq: Tensor | None) -> Tensor:
     """m / sqrt(v), zero where v is; m alone where there is no v."""
     if exp_avg_sq is None:
         return exp_avg
-    return torch.where(exp_avg_sq > 0, exp_avg / safe(exp_avg_sq).sqrt(), 0.0)
+    return torch.where(exp_avg_sq > 0, exp_avg / exp_avg_sq.sqrt(), 0.0)

@@ -8,8 +8,11 @@ step of an interval (a probe), while the update pass has them at hand.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mango import noise
@@ -33,6 +36,9 @@ PRIOR = {
 }  # fmt: skip
 _PROBED = ("log_abs_mean", "log_abs_std", "grad_crest", "momentum_alignment", "stable_rank", "update_ratio", "weight_rms",
            "curvature", *PRIOR, "compression_error", "residual_ratio")  # fmt: skip
+_IN_FORCE = ("gradient_bits", "momentum_bits", "variance_bits", "sparsity", "rank")
+_PROBED_FEATURES = [FEATURE_INDEX[name] for name in _PROBED]
+_LOWS, _HIGHS = torch.tensor([f.low for f in FEATURES]), torch.tensor([f.high for f in FEATURES])
 
 
 @dataclass(slots=True)
@@ -58,7 +64,8 @@ class _Probe:
     """What one layer leaves behind on a probe step, until `finish_probe`."""
 
     config: CompressionConfig                # in force
-    scalars: dict[str, Tensor]
+    scalars: Tensor                          # (10,) what `finish_probe` makes features of
+    curvature: float
     exp_avg: Tensor                          # (WINDOW,)
     exp_avg_sq: Tensor                       # (WINDOW,) ones where the rule has no second moment
     factored: Tensor                         # (WINDOW,) the second moment as factors give it back
@@ -77,14 +84,16 @@ def sample_stride(numel: int, columns: int) -> tuple[int, int]:
 
 def _window(x: Tensor, size: int) -> Tensor:
     flat = x.reshape(-1)[:size]
-    return torch.nn.functional.pad(flat, (0, size - flat.numel())) if flat.numel() < size else flat.clone()
+    if flat.numel() == size:
+        return flat.clone() if x.numel() > size else flat    # a view would keep all of the tensor alive
+    return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
 def _corner(x: Tensor, side: int) -> Tensor:
     """Evenly spread rows and columns of the tensor as a matrix, padded with zeros: (side, side)."""
     matrix = x.reshape(matrix_shape(tuple(x.shape)))
     rows, columns = max(1, matrix.shape[0] // side), max(1, matrix.shape[1] // side)
-    spread = matrix[::rows, ::columns][:side, :side]
+    spread = matrix[: rows * side : rows, : columns * side : columns]
     return torch.nn.functional.pad(spread, (0, side - spread.shape[1], 0, side - spread.shape[0]))
 
 
@@ -110,7 +119,9 @@ class GradientStatistics:
         for name, error in (PRIOR | {"compression_error": 1e-10, "residual_ratio": 1e-10}).items():
             in_log = FEATURES[FEATURE_INDEX[name]].unit == "log10"
             self.probed[:, _PROBED.index(name)] = math.log10(error) if in_log else error
+        self.nbytes = sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())  # none is ever replaced
         self.steps = 0
+        self._same = self._unchanging()
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
         self._pending: dict[int, _Probe] = {}
 
@@ -118,10 +129,6 @@ class GradientStatistics:
     def tensors(self) -> dict[str, Tensor]:
         names = ("mean", "square", "previous", "norm", "running_norm", "cosine", "count", "moved", "probed")
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
     @staticmethod
     def predicted_bytes(layers: Sequence[Layer]) -> int:
@@ -154,11 +161,12 @@ class GradientStatistics:
         stride, count = self._samples[index]
         self._taken[index] = (grad.reshape(-1)[:: stride][:count].to(self.mean), norm.to(self.norm))
 
-    def took(self, layers: Tensor, norms: Tensor) -> None:
-        """What a kernel took in itself, samples and all: layers (n,) int64 and the norms of their gradients (n,)."""
-        where = layers.to(self.norm.device)
-        self.count[where] += 1
-        self._norms(where, norms.to(self.norm))
+    def took(self, layers: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
+        """What a kernel took in itself, samples and all: different layers (n,) and the norms of their gradients (n,)."""
+        norm, running, count = (tensor.numpy() for tensor in (self.norm, self.running_norm, self.count))
+        norm[layers] = norms
+        running[layers] = NORM_DECAY * running[layers] + (1 - NORM_DECAY) * norm[layers]
+        count[layers] += 1
 
     def _norms(self, where: Tensor, norms: Tensor) -> None:
         self.norm[where] = norms
@@ -212,34 +220,23 @@ class GradientStatistics:
         """
         magnitude = grad.reshape(-1)[:: max(1, grad.numel() // 4096)].abs().float()
         logs = magnitude[magnitude > 0].log()
-        spread = logs.std(correction=0) if logs.numel() else magnitude.new_zeros(())
-        distance = self.moved[index].double().square()
-        scalars = {
-            "log_abs_mean": logs.mean() if logs.numel() else magnitude.new_full((), -50.0),
-            "log_abs_std": spread,
-            "grad_crest": (magnitude.max() / safe(magnitude.square().mean().sqrt())).clamp(min=1).log10(),
-            "momentum_alignment": alignment,
-            "update_ratio": (moved / safe(param_norm)).log10(),
-            "weight_rms": (param_norm / math.sqrt(self._numel[index])).log10(),
-            "curvature": _signed_log(loss_change / distance if distance > 0 else distance),
-            "compression_error": error.log10(),
-            "residual_ratio": (residual_norm / safe(self.norm[index])).log10(),
-        }
+        logs = logs if logs.numel() else magnitude.new_full((1,), -50.0)
         exp_avg, exp_avg_sq = moments
         square = torch.ones((), device=exp_avg.device).expand(exp_avg.shape) if exp_avg_sq is None else exp_avg_sq
         matrix = square.reshape(matrix_shape(tuple(square.shape)))
         row, column = matrix.mean(1), matrix.mean(0)
-        place = torch.arange(min(WINDOW, square.numel()), device=row.device)
-        factored = row[place // column.numel()] / safe(row.mean()) * column[place % column.numel()]
+        share = row[: -(-WINDOW // column.numel())] / safe(row.mean())
         self._pending[index] = _Probe(
             config,
-            scalars,
+            torch.stack([logs.mean(), logs.std(correction=0), magnitude.max(), magnitude.square().mean(), alignment, moved,
+                         param_norm, error, residual_norm, self.norm[index]]).float(),
+            _signed_log(loss_change, float(self.moved[index])),
             _window(window[0], WINDOW),
             torch.ones(WINDOW, device=row.device) if window[1] is None else _window(window[1], WINDOW),
-            _window(factored, WINDOW),
+            _window(share[:, None] * column[:WINDOW], WINDOW),
             _corner(grad, SKETCH).float(),
             direction(_corner(exp_avg, SKETCH), _corner(square, SKETCH)),
-        )
+        )  # fmt: skip
 
     def finish_probe(self, key: int) -> None:
         """Try the formats on all probed layers at once and store what was found."""
@@ -248,15 +245,27 @@ class GradientStatistics:
         places = list(self._pending)
         probes = [self._pending[i] for i in places]
         self._pending = {}
-        columns = {name: torch.stack([p.scalars[name].float() for p in probes]) for name in probes[0].scalars}
-        columns |= self._format_errors(probes, key)
-        columns |= self._ranks(probes, key)
-        for name, values in columns.items():
-            feature, column = FEATURES[FEATURE_INDEX[name]], _PROBED.index(name)
-            found = torch.nan_to_num(values, nan=feature.low, posinf=feature.high, neginf=feature.low)
-            measurable = [_measurable(name, self.layers[i].rule, p.config) for i, p in zip(places, probes, strict=True)]
-            known = torch.tensor(measurable, device=found.device)
-            self.probed[places, column] = torch.where(known, found.clamp(feature.low, feature.high), self.probed[places, column])
+        mean, spread, largest, mean_square, alignment, moved, param_norm, error, residual, norm = torch.stack(
+            [p.scalars for p in probes]
+        ).unbind(1)
+        root = torch.tensor([math.sqrt(self._numel[i]) for i in places], device=mean.device)
+        columns = {
+            "log_abs_mean": mean,
+            "log_abs_std": spread,
+            "grad_crest": (largest / safe(mean_square.sqrt())).clamp(min=1).log10(),
+            "momentum_alignment": alignment,
+            "update_ratio": (moved / safe(param_norm)).log10(),
+            "weight_rms": (param_norm / root).log10(),
+            "curvature": torch.tensor([p.curvature for p in probes], device=mean.device),
+            "compression_error": error.log10(),
+            "residual_ratio": (residual / safe(norm)).log10(),
+        }
+        columns |= self._format_errors(probes, key) | self._ranks(probes, key)
+        values = torch.stack([columns[name] for name in _PROBED], 1)                # (P, C)
+        low, high = (bounds[_PROBED_FEATURES].to(values.device) for bounds in (_LOWS, _HIGHS))
+        found = torch.where(values.isnan(), low, values).clamp(low, high)
+        known = torch.tensor([_measurable(self.layers[i].rule, p.config) for i, p in zip(places, probes, strict=True)])
+        self.probed[places] = torch.where(known.to(found.device), found, self.probed[places])
 
     @staticmethod
     def _format_errors(probes: Sequence[_Probe], key: int) -> dict[str, Tensor]:
@@ -264,18 +273,15 @@ class GradientStatistics:
         exp_avg = torch.stack([p.exp_avg for p in probes])                          # (P, WINDOW)
         exp_avg_sq = torch.stack([p.exp_avg_sq for p in probes])
         ideal = direction(exp_avg, exp_avg_sq)
-
-        def error(avg: Tensor, square: Tensor) -> Tensor:
-            found: Tensor = (direction(avg, square) - ideal).norm(dim=1) / safe(ideal.norm(dim=1))
-            return found.clamp(1e-10, 100).log10()
-
-        errors = {"error_variance_0": error(exp_avg, torch.stack([p.factored for p in probes]))}
+        tried = {"error_variance_0": (exp_avg, torch.stack([p.factored for p in probes]))}
         for bits in (8, 4, 2):
             stored = encode(SIGNED[bits], exp_avg, key + bits if bits < 8 else None).decode()
-            errors[f"error_momentum_{bits}"] = error(stored, exp_avg_sq)
+            tried[f"error_momentum_{bits}"] = (stored, exp_avg_sq)
         for bits in (8, 4):
-            errors[f"error_variance_{bits}"] = error(exp_avg, encode(UNSIGNED[bits], exp_avg_sq, key + 16 + bits).decode())
-        return errors
+            tried[f"error_variance_{bits}"] = (exp_avg, encode(UNSIGNED[bits], exp_avg_sq, key + 16 + bits).decode())
+        averages, squares = (torch.stack(parts) for parts in zip(*tried.values(), strict=True))  # (6, P, WINDOW)
+        errors = (direction(averages, squares) - ideal).norm(dim=2) / safe(ideal.norm(dim=1))
+        return dict(zip(tried, errors.clamp(1e-10, 100).log10().unbind(), strict=True))
 
     @staticmethod
     def _ranks(probes: Sequence[_Probe], key: int) -> dict[str, Tensor]:
@@ -286,11 +292,11 @@ class GradientStatistics:
         basis = torch.linalg.qr(matrices @ (matrices.mT @ (matrices @ start))).Q    # (2P, S, 8)
         inside = basis.mT @ matrices
         energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (2P, 8) largest first
-        total = safe(matrices.square().sum((1, 2)))
-        filled = torch.minimum(matrices.any(1).sum(1), matrices.any(2).sum(1)).clamp(min=1)  # not padding
+        total, nonzero = safe(matrices.square().sum((1, 2))), matrices[: len(probes)] != 0
+        filled = torch.minimum(nonzero.any(1).sum(1), nonzero.any(2).sum(1)).clamp(min=1)  # not padding
         outside = (1 - energy.cumsum(1) / total[:, None]).clamp(0, 1).sqrt()
         return {
-            "stable_rank": (total / safe(energy[:, 0]) / filled)[: len(probes)],
+            "stable_rank": (total / safe(energy[:, 0]))[: len(probes)] / filled,
             "error_rank_1": outside[len(probes) :, 0],
             "error_rank_8": outside[len(probes) :, 7],
         }
@@ -336,14 +342,22 @@ class GradientStatistics:
             "mean_error_momentum_4": float(local["error_momentum_4"].mean()),
             "layers": math.log10(len(self.layers)),
         }
-        table = torch.empty(len(self.layers), len(FEATURES))
-        for i, feature in enumerate(LAYER_FEATURES):
-            table[:, i] = local[feature.name]
-        for i, feature in enumerate(GLOBAL_FEATURES, start=len(LAYER_FEATURES)):
-            table[:, i] = shared[feature.name]
-        low = torch.tensor([f.low for f in FEATURES])
-        high = torch.tensor([f.high for f in FEATURES])
-        return torch.maximum(torch.minimum(torch.nan_to_num(table, nan=0.0, posinf=1e30, neginf=-1e30), high), low)
+        own = torch.stack([local[feature.name] for feature in LAYER_FEATURES], 1)
+        common = torch.tensor([shared[feature.name] for feature in GLOBAL_FEATURES]).expand(len(self.layers), -1)
+        table = torch.nan_to_num(torch.cat([own, common], 1), nan=0.0, posinf=1e30, neginf=-1e30)
+        return torch.maximum(torch.minimum(table, _HIGHS), _LOWS)
+
+    def _unchanging(self) -> dict[str, Tensor]:
+        """What of the observation the layers are, whatever training does: (L,) each."""
+        shapes = [matrix_shape(layer.shape) for layer in self.layers]
+        rules = [{"adam": "adamw", "muon_qkv": "muon"}.get(layer.rule, layer.rule) for layer in self.layers]
+        return {
+            "depth": torch.tensor([layer.depth for layer in self.layers]),
+            "numel": torch.tensor([float(layer.numel) for layer in self.layers]).log10(),
+            "aspect": torch.tensor([math.log10(max(1, max(s)) / max(1, min(s))) for s in shapes]),
+        } | {f"kind_{kind}": torch.tensor([float(layer.kind == kind) for layer in self.layers]) for kind in KINDS} | {
+            f"rule_{rule}": torch.tensor([float(own == rule) for own in rules]) for rule in RULES
+        }  # fmt: skip
 
     def _local(self, context: Context, summary: Tensor) -> dict[str, Tensor]:
         numel = torch.tensor([float(layer.numel) for layer in self.layers])
@@ -353,39 +367,18 @@ class GradientStatistics:
         signal = (mean_square - variance / taken).clamp(min=0)                      # unbiased |G|^2 per entry
         found = dict(zip(_PROBED, summary[:, 6:].float().unbind(1), strict=True))
         pairs = taken - (taken == self.steps).float()                               # the very first gradient has none before it
-        cosines = cosine / pairs.clamp(min=1)
-        shapes = [matrix_shape(layer.shape) for layer in self.layers]
-        local = found | {
+        in_force = [_in_force(layer.shape, config) for layer, config in zip(self.layers, context.configs, strict=True)]
+        return self._same | found | dict(zip(_IN_FORCE, torch.tensor(in_force).unbind(1), strict=True)) | {
             "grad_norm": norm.log10(),
             "grad_rms": (norm / numel.sqrt()).log10(),
             "grad_trend": (safe(norm) / safe(running)).log(),
             "grad_variance": variance.log10(),
             "noise_scale": torch.where(signal > 0, (variance / safe(signal)).log10(), torch.where(variance > 0, 10.0, 0.0)),
-            "grad_cosine": cosines,
-            "depth": torch.tensor([layer.depth for layer in self.layers]),
-            "numel": numel.log10(),
-            "aspect": torch.tensor([math.log10(max(1, max(s)) / max(1, min(s))) for s in shapes]),
+            "grad_cosine": cosine / pairs.clamp(min=1),
             "share": here / max(1, context.total_numel),
             "importance": norm / safe(norm.max()),
             "bytes_per_param": torch.tensor([float(b) for b in context.layer_bytes]) / here / 8,
-        }
-        local |= {f"kind_{kind}": torch.tensor([float(layer.kind == kind) for layer in self.layers]) for kind in KINDS}
-        rules = [{"adam": "adamw", "muon_qkv": "muon"}.get(layer.rule, layer.rule) for layer in self.layers]
-        local |= {f"rule_{rule}": torch.tensor([float(own == rule) for own in rules]) for rule in RULES}
-        return local | self._in_force(context.configs)
-
-    def _in_force(self, configs: Sequence[CompressionConfig]) -> dict[str, Tensor]:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor([float(v) for v in values])
-
-        sides = [subspace(layer.shape, config.rank or 1 << 30) for layer, config in zip(self.layers, configs, strict=True)]
-        return {
-            "gradient_bits": column([math.log2(c.gradient_bits) / 5 for c in configs]),
-            "momentum_bits": column([math.log2(1 + (c.factor_bits_q if c.rank else c.momentum_bits)) / 5.05 for c in configs]),
-            "variance_bits": column([math.log2(1 + c.variance_bits) / 5.05 for c in configs]),
-            "sparsity": column([c.sparsity for c in configs]),
-            "rank": column([rank / max(1, small) for small, _, rank in sides]),
-        }
+        }  # fmt: skip
 
     def variance(self) -> Tensor:
         """Mean variance of an entry over the gradients since the window began (unbiased), per layer: (L,)."""
@@ -398,15 +391,31 @@ class GradientStatistics:
         return torch.where(logs == FEATURES[FEATURE_INDEX["compression_error"]].low, 0.0, 10**logs)
 
 
-def _measurable(name: str, rule: str, config: CompressionConfig) -> bool:
-    """Whether a format's error can be told under `config`: moments that are stored as factors or in a subspace would
-    seem to lose nothing by it. The last estimate from a richer format stays, or the prior."""
-    if name.startswith("error_variance"):
-        return BASE_RULES[rule].variance and config.variance_bits > 0 and not config.rank
-    if name.startswith("error_momentum") and not config.has_momentum:
-        return False
-    return not (name.startswith("error_") and config.rank)
+@lru_cache(maxsize=1 << 12)
+def _measurable(rule: str, config: CompressionConfig) -> tuple[bool, ...]:
+    """Which of `_PROBED` can be told under `config`: moments that are stored as factors or in a subspace would seem to
+    lose nothing by it. The last estimate from a richer format stays, or the prior."""
+
+    def told(name: str) -> bool:
+        if name.startswith("error_variance"):
+            return BASE_RULES[rule].variance and config.variance_bits > 0 and not config.rank
+        if name.startswith("error_momentum") and not config.has_momentum:
+            return False
+        return not (name.startswith("error_") and config.rank)
+
+    return tuple(told(name) for name in _PROBED)
 
 
-def _signed_log(x: Tensor) -> Tensor:
-    return (x.sign() * x.abs().log1p() / math.log(10)).float()
+@lru_cache(maxsize=1 << 14)
+def _in_force(shape: Shape, config: CompressionConfig) -> tuple[float, ...]:
+    """The features `_IN_FORCE` of a layer under a config."""
+    small, _, rank = subspace(shape, config.rank or 1 << 30)
+    momentum = config.factor_bits_q if config.rank else config.momentum_bits
+    bits = math.log2(config.gradient_bits) / 5, math.log2(1 + momentum) / 5.05, math.log2(1 + config.variance_bits) / 5.05
+    return *bits, float(config.sparsity), rank / max(1, small)
+
+
+def _signed_log(loss_change: float, distance: float) -> float:
+    """Loss change over squared distance as sign(x) log10(1 + |x|); 0 where nothing moved."""
+    curvature = loss_change / distance**2 if distance**2 > 0 else 0.0
+    return math.copysign(math.log1p(abs(curvature)) / math.log(10), curvature)

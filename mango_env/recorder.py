@@ -25,10 +25,11 @@ from mango.features import FEATURES
 from mango.layers import Layer
 from mango.optimizer import MANGO, Decision
 from mango.policies import POLICIES, ScoringPolicy
+from mango_env.batched_run import BatchedRuns
 from mango_env.episode import Episode
 from mango_env.interrupts import interrupts_held
 from mango_env.reward import Reward, RewardTerms
-from mango_env.run import TrainingRun, whole_number
+from mango_env.run import Interval, TrainingRun, whole_number
 from mango_env.store import TrajectoryWriter
 from mango_env.twin import Twin, score, twin_of
 
@@ -148,43 +149,77 @@ def record_run(
     terminated at the horizon and at divergence, truncated where `max_decisions` stopped them.
     """
     reward = reward or (writer.header.reward if writer is not None else Reward())
-    name = policy_name or name_of(policy)
-    run_id = run_id or f"{run.workload_name}-{name}-{run.seed}-{run.budget}-{uuid.uuid4().hex[:8]}"
-    twin = twin_of(run) if reward.loss == "twin" else None
-    track = Track(run.layers, run.optimizer.ladder)
-    began, peak = time.perf_counter(), run.optimizer.state_bytes()
-    policy.reset()
-    while not run.done and (max_decisions is None or len(track) < max_decisions):
-        observation = run.observe()
-        applied = run.apply(choose(policy, run, observation))
-        track.decide(observation, applied, logp_of(policy, len(run.layers)))
-        interval = run.advance()
-        peak = max(peak, interval.state_bytes_peak)
-        track.outcome(score(reward, interval, twin), interval.loss, interval.bytes)
-    error: str | None = None if not len(track) else interval.error
-    evaluation, problem = run.evaluate_or_error()
-    shared = facts(run, name, run_id, reward) | held_out(evaluation, twin, run.done and not run.diverged)
-    episodes = [] if not len(track) else track.episodes(run.observe(), run.done, shared)
-    if writer is not None:
-        with interrupts_held():                              # all layers of a run or none
-            for episode in episodes:
-                writer.add(episode)
-    return RunSummary(
-        run_id=run_id,
-        workload=run.workload_name,
-        policy=name,
-        seed=run.seed,
-        budget_bytes=run.budget,
-        state_bytes_peak=peak,
-        decisions=len(track),
-        episodes=len(episodes) if writer is not None else 0,
-        returns=float(np.mean([episode.returns for episode in episodes])) if episodes else 0.0,
-        loss=interval.loss if len(track) else math.nan,
-        diverged=run.diverged,
-        error=error or problem,
-        evaluation=evaluation,
-        seconds=time.perf_counter() - began,
-    )
+    return Recording(run, policy, reward, policy_name, run_id).record(writer, max_decisions)
+
+
+def record_batch(recordings: Sequence["Recording"], writers: Sequence[TrajectoryWriter | None]) -> list[RunSummary]:
+    """Record runs that are alike (`mango_env.batched_run`): their passes are shared, their episodes are not."""
+    batch = BatchedRuns([recording.run for recording in recordings])
+    while going := [recording for recording in recordings if not recording.run.done]:
+        for recording in going:
+            recording.decide()
+        for recording, interval in zip(recordings, batch.advance(), strict=True):
+            if interval is not None:
+                recording.outcome(interval)
+    return [recording.finish(writer) for recording, writer in zip(recordings, writers, strict=True)]
+
+
+class Recording:
+    """One run on its way into the store: `decide` and `outcome` in turn, then `finish`."""
+
+    def __init__(self, run: TrainingRun, policy: Any, reward: Reward, name: str | None = None, run_id: str | None = None) -> None:
+        self.run, self.policy, self.reward, self.name = run, policy, reward, name or name_of(policy)
+        self.run_id = run_id or f"{run.workload_name}-{self.name}-{run.seed}-{run.budget}-{uuid.uuid4().hex[:8]}"
+        self.twin = twin_of(run) if reward.loss == "twin" else None
+        self._track = Track(run.layers, run.optimizer.ladder)
+        self._began, self._peak = time.perf_counter(), run.optimizer.state_bytes()
+        self._last: Interval | None = None
+        policy.reset()
+
+    def record(self, writer: TrajectoryWriter | None, max_decisions: int | None = None) -> RunSummary:
+        """Drive the run to its end, or for so many decisions."""
+        while not self.run.done and (max_decisions is None or len(self._track) < max_decisions):
+            self.decide()
+            self.outcome(self.run.advance())
+        return self.finish(writer)
+
+    def decide(self) -> None:
+        """Ask the policy and apply what it answers."""
+        observation = self.run.observe()
+        applied = self.run.apply(choose(self.policy, self.run, observation))
+        self._track.decide(observation, applied, logp_of(self.policy, len(self.run.layers)))
+
+    def outcome(self, interval: Interval) -> None:
+        """What came of it."""
+        self._last, self._peak = interval, max(self._peak, interval.state_bytes_peak)
+        self._track.outcome(score(self.reward, interval, self.twin), interval.loss, interval.bytes)
+
+    def finish(self, writer: TrajectoryWriter | None) -> RunSummary:
+        """Take the held-out measures and write one episode per layer."""
+        run, last = self.run, self._last
+        evaluation, problem = run.evaluate_or_error()
+        shared = facts(run, self.name, self.run_id, self.reward) | held_out(evaluation, self.twin, run.done and not run.diverged)
+        episodes = [] if last is None else self._track.episodes(run.observe(), run.done, shared)
+        if writer is not None:
+            with interrupts_held():                          # all layers of a run or none
+                for episode in episodes:
+                    writer.add(episode)
+        return RunSummary(
+            run_id=self.run_id,
+            workload=run.workload_name,
+            policy=self.name,
+            seed=run.seed,
+            budget_bytes=run.budget,
+            state_bytes_peak=self._peak,
+            decisions=len(self._track),
+            episodes=len(episodes) if writer is not None else 0,
+            returns=float(np.mean([episode.returns for episode in episodes])) if episodes else 0.0,
+            loss=math.nan if last is None else last.loss,
+            diverged=run.diverged,
+            error=(None if last is None else last.error) or problem,
+            evaluation=evaluation,
+            seconds=time.perf_counter() - self._began,
+        )
 
 
 def held_out(evaluation: Mapping[str, float], twin: Twin | None, whole: bool) -> Attributes:

@@ -11,7 +11,7 @@ import time
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,17 @@ class Interval:
     decisions_left: int                                      # decisions that the horizon has after this one
     seconds: float                                           # wall clock of the interval
     step_seconds: float                                      # of which inside loss, backward and the optimizer's step
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """An interval that is not over."""
+
+    start: int
+    began: float                                             # seconds, of `time.perf_counter`
+    losses: list[Tensor] = field(default_factory=list)
+    error: str | None = None
+    inside: float = 0.0                                      # seconds of loss, backward and the optimizer's steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,36 +188,48 @@ class TrainingRun:
         Never raises for what the run does: a workload that raises, a loss that is not finite or too large ends it
         with `diverged`. Calling it when the run is over is a `ValueError`.
         """
-        if self.done:
-            raise ValueError(f"the run is over ({'diverged' if self.diverged else 'horizon'} at step {self.t}); start a new one")
-        began, start, inside = time.perf_counter(), self.t, 0.0
-        losses: list[Tensor] = []
-        error: str | None = None
-        optimizer, workload = self.optimizer, self.workload
+        under_way = self.begin()
         with self._own_randomness():
             try:
-                for _ in range(min(self.interval, self.horizon - start)):
+                for _ in range(self.steps_ahead):
                     entered = time.perf_counter()
-                    optimizer.zero_grad()
-                    loss = workload.loss()
+                    self.optimizer.zero_grad()
+                    loss = self.workload.loss()
                     loss.backward()                          # type: ignore[no-untyped-call]
-                    losses.append(loss.detach())
-                    optimizer.observe_loss(losses[-1])
-                    self._set_rate()
-                    optimizer.step()
-                    inside += time.perf_counter() - entered
-                    self.t += 1
-                    self._peak = max(self._peak, optimizer.state_bytes())
+                    self.take_step(under_way, loss.detach(), entered)
             except Exception as problem:  # noqa: BLE001     whatever a user's workload raises ends the run, not the program
-                error = describe_error(problem)
-        return self._interval(start, losses, error, began, inside)
+                under_way.error = describe_error(problem)
+        return self.end(under_way)
+
+    @property
+    def steps_ahead(self) -> int:
+        """Optimizer steps of the next interval."""
+        return min(self.interval, self.horizon - self.t)
+
+    def begin(self) -> "UnderWay":
+        """An interval to fill with `take_step` and to `end`: `advance` in parts, for whoever computes gradients elsewhere."""
+        if self.done:
+            raise ValueError(f"the run is over ({'diverged' if self.diverged else 'horizon'} at step {self.t}); start a new one")
+        return UnderWay(self.t, time.perf_counter())
+
+    def take_step(self, under_way: "UnderWay", loss: Tensor, entered: float) -> None:
+        """The optimizer's step on gradients that are there; `loss` belongs to them, `entered`: when computing it began."""
+        under_way.losses.append(loss)
+        self.optimizer.observe_loss(loss)
+        self._set_rate()
+        self.optimizer.step()
+        under_way.inside += time.perf_counter() - entered
+        self.t += 1
+        self._peak = max(self._peak, self.optimizer.state_bytes())
 
     def _set_rate(self) -> None:
         if self.schedule != "constant":
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * rate_factor(self.schedule, self.t, self.horizon)
 
-    def _interval(self, start: int, tensors: list[Tensor], error: str | None, began: float, inside: float) -> Interval:
+    def end(self, under_way: "UnderWay") -> Interval:
+        """What happened since `begin`."""
+        start, tensors, error = under_way.start, under_way.losses, under_way.error
         # One transfer per interval: asking for every loss as it comes would synchronise the device at every step.
         losses = torch.stack(tensors).double().cpu().numpy().reshape(-1) if tensors else np.empty(0)
         finite = losses[np.isfinite(losses)]
@@ -234,8 +257,8 @@ class TrainingRun:
             adamw_bytes=self.adamw_layer_bytes,
             state_bytes_peak=peak,
             decisions_left=-(-(self.horizon - start) // self.interval) - 1,
-            seconds=time.perf_counter() - began,
-            step_seconds=inside,
+            seconds=time.perf_counter() - under_way.began,
+            step_seconds=under_way.inside,
         )
 
     def evaluate(self) -> dict[str, float]:

@@ -140,6 +140,7 @@ def train_twin(identity: TwinIdentity) -> Twin:
         workload_kwargs=identity.kwargs,
         optimizer_options=identity.hyper,
     )
+    run.optimizer.policy_update_freq = run.horizon + 1       # nobody decides, so nothing has to be looked at
     losses: list[float] = []
     error: str | None = None
     while not run.done:

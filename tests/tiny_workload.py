@@ -1,5 +1,7 @@
 """A workload for tests whose run costs milliseconds: two small layers fit a random linear map."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,3 +43,28 @@ class Exploding(Regression):
 
 def exploding(seed: int) -> Exploding:
     return Exploding(seed)
+
+
+class Plain(Regression):
+    """Nothing random in the model, so runs of it can be batched."""
+
+    batchable = True
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        x = torch.randn(16, 32, generator=self.generator)
+        return x, x @ self.target
+
+    def batch_loss(self, model: Callable[..., Tensor], *data: Tensor) -> Tensor:
+        wrong: Tensor = model(data[0]) - data[1]
+        return wrong.square().mean()
+
+    def loss(self) -> Tensor:
+        return self.batch_loss(self.model, *self.next_batch())
+
+
+def plain(seed: int) -> Plain:
+    return Plain(seed)

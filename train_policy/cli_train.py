@@ -48,6 +48,7 @@ def collect(
     rule: RuleOption = "adamw",
     schedule: ScheduleOption = "constant",
     workers: Annotated[int, typer.Option(help="processes")] = 1,
+    batch: Annotated[int, typer.Option(help="runs side by side in a process, for workloads where it pays; 16 to 32")] = 1,
     json: JsonOption = None,
 ) -> None:
     """Record training runs as episodes: every workload under every policy, budget and seed."""
@@ -57,7 +58,7 @@ def collect(
     check_rule(rule)
     args = CollectArgs(horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, seed=seed)
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
-    done = record(workload, policy, draws, sizes, root, args, workers=workers, progress=err_console.is_terminal)
+    done = record(workload, policy, draws, sizes, root, args, workers=workers, batch=batch, progress=err_console.is_terminal)
 
     def tables() -> None:
         rows = [(name, value) for name, value in done.returns.items()]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mango_env.batched_run import batchable
 from mango_env.interrupts import interrupted_once, interrupts_held
-from mango_env.recorder import RunSummary, record_run
-from mango_env.run import TrainingRun
+from mango_env.recorder import Recording, RunSummary, record_batch
+from mango_env.run import TrainingRun, whole_number
 from mango_env.store import TrajectoryWriter, finalize
 from mango_env.workloads import workload_name
 from mango_env.workloads.base import WorkloadBuilder
@@ -70,7 +72,7 @@ class Job:
     missing: tuple[int, ...] | None = None               # layers to record; None: all
 
 
-# Records jobs into the store at a root, for a task, by so many workers.
+# Records jobs into the store at a root, for a task, by so many workers; each of them up to so many runs at once.
 Recorder = Callable[[Sequence[Job], Path, str, int], Generator[RunSummary, None, None]]
 
 
@@ -83,13 +85,16 @@ def collect(
     args: CollectArgs | None = None,
     *,
     workers: int = 1,
+    batch: int = 1,
     progress: bool = False,
 ) -> CollectSummary:
     """Record every combination into the store at `root` and return what was done.
 
     `policies`: see `behaviour_of`; "fixed" means every rung. `seeds`: a list, or how many. `workers` > 1 records in that
-    many processes, each with shards of its own. Runs that the store already has are skipped; of a run that was cut
-    short only the missing layers are added. After Ctrl-C every finished episode is in the store.
+    many processes, each with shards of its own. `batch` > 1 trains up to so many runs side by side where their workload
+    declares that it pays (`mango_env.batched_run`): numbers then agree to float32's rounding, not to the bit. Runs that
+    the store already has are skipped; of a run that was cut short only the missing layers are added. After Ctrl-C every
+    finished episode is in the store; runs side by side finish together.
 
     Raises ValueError before anything runs for unknown names and impossible budgets.
     """
@@ -106,17 +111,21 @@ def collect(
     ]
     if not asked:
         raise ValueError("collect needs at least one workload, policy, seed and budget")
-    return record_jobs(asked, root, "+".join(workload_name(work) for work in works), workers=workers, progress=progress)
+    task = "+".join(workload_name(work) for work in works)
+    return record_jobs(asked, root, task, workers=workers, batch=batch, progress=progress)
 
 
 def record_jobs(
-    asked: Sequence[Job], root: str | Path, task: str, *, workers: int = 1, progress: bool = False,
+    asked: Sequence[Job], root: str | Path, task: str, *, workers: int = 1, batch: int = 1, progress: bool = False,
     run: Recorder | None = None, check: bool = True,
 ) -> CollectSummary:  # fmt: skip
     """Record those of the jobs that the store at `root` has not. `run`: by what; None is this process, or `workers` of them.
 
-    With `check`, ValueError before anything runs for unknown names, impossible budgets and jobs of different rewards.
+    `batch`: see `collect`. With `check`, ValueError before anything runs for unknown names, impossible budgets and jobs of
+    different rewards.
     """
+    if whole_number("batch", batch) > 1 and run is not None:
+        raise ValueError(f"batch={batch} is for runs in this process and its workers; a recorder of your own takes batch=1")
     began = time.perf_counter()
     if check:
         _check(asked)
@@ -124,7 +133,7 @@ def record_jobs(
     jobs = list(remaining_jobs(asked, Path(root)))
     results: list[RunSummary] = []
     with progress_line("collecting", len(jobs), progress) as advance:
-        run = run or (_record_here if workers <= 1 or len(jobs) < 2 else _record_in_processes)
+        run = run or partial(_record_here if workers <= 1 or len(jobs) < 2 else _record_in_processes, batch=batch)
         with closing(run(jobs, Path(root), task, workers)) as summaries:
             for summary in summaries:
                 results.append(summary)
@@ -191,32 +200,65 @@ class _MissingOnly:
 
 
 def record_job(job: Job, writer: TrajectoryWriter) -> RunSummary:
+    return next(_record_group([job], writer))
+
+
+def groups(jobs: Sequence[Job], batch: int, workers: int = 1) -> list[list[Job]]:
+    """Jobs of one workload and the same settings, at most `batch` in a group and at least a group for every worker."""
+    if batch == 1:
+        return [[job] for job in jobs]
+    found: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        found.setdefault((workload_name(job.workload), job.args.horizon, job.args.interval), []).append(job)
+    cut = [(alike, min(batch, -(-len(alike) // workers))) for alike in found.values()]
+    return [alike[i : i + size] for alike, size in cut for i in range(0, len(alike), size)]
+
+
+def _record_group(group: Sequence[Job], writer: TrajectoryWriter) -> Iterator[RunSummary]:
+    """Record jobs side by side, or one after the other where their runs cannot be batched."""
+    first = _recording(group[0])
+    if len(group) > 1 and batchable(first.run):
+        recordings = [first, *(_recording(job) for job in group[1:])]
+        yield from record_batch(recordings, [_target(job, writer) for job in group])
+        return
+    yield first.record(_target(group[0], writer))
+    for job in group[1:]:
+        yield _recording(job).record(_target(job, writer))
+
+
+def _recording(job: Job) -> Recording:
     behaviour = behaviour_of(job.behaviour, job.run_id, job.args.seed, job.args.reward)
-    target: Any = writer if job.missing is None else _MissingOnly(writer, job.missing)
-    return record_run(
-        _start(job), behaviour, target, job.args.reward, policy_name=behaviour_name(job.behaviour), run_id=job.run_id
-    )
+    return Recording(_start(job), behaviour, job.args.reward, behaviour_name(job.behaviour), job.run_id)
+
+
+def _target(job: Job, writer: TrajectoryWriter) -> Any:
+    return writer if job.missing is None else _MissingOnly(writer, job.missing)
 
 
 def open_writer(root: Path, label: str, args: CollectArgs, index: bool = True) -> TrajectoryWriter:
     return TrajectoryWriter(root, task=label, policy="mixed", reward=args.reward, index=index)
 
 
-def _record_here(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Generator[RunSummary, None, None]:
+def _record_here(
+    jobs: Sequence[Job], root: Path, label: str, workers: int, batch: int, index: bool = True
+) -> Generator[RunSummary, None, None]:
     if jobs:
-        with open_writer(root, label, jobs[0].args) as writer:
-            for job in jobs:
-                yield record_job(job, writer)
+        with open_writer(root, label, jobs[0].args, index) as writer:
+            for group in groups(jobs, batch):
+                yield from _record_group(group, writer)
 
 
-def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: int) -> Generator[RunSummary, None, None]:
-    """Small batches of jobs to spawned processes; the index is rebuilt once, whatever happens."""
+def _record_in_processes(
+    jobs: Sequence[Job], root: Path, label: str, workers: int, batch: int
+) -> Generator[RunSummary, None, None]:
+    """A few jobs at a time to spawned processes; the index is rebuilt once, whatever happens."""
     size = max(1, min(8, len(jobs) // (4 * workers)))
+    tasks = groups(jobs, batch, workers) if batch > 1 else [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=begin_worker)
     others, waiting = active_children(), set[Future[list[RunSummary]]]()
     try:
         with interrupts_held(), _sigint_blocked():           # which the processes that start here inherit
-            waiting = {pool.submit(_record_batch, jobs[i : i + size], root, label) for i in range(0, len(jobs), size)}
+            waiting = {pool.submit(_record_task, task, root, label, batch) for task in tasks}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
@@ -230,9 +272,9 @@ def _record_in_processes(jobs: Sequence[Job], root: Path, label: str, workers: i
                 finalize(root)
 
 
-def _record_batch(jobs: Sequence[Job], root: Path, label: str) -> list[RunSummary]:
-    with interrupted_once(), open_writer(root, label, jobs[0].args, index=False) as writer:
-        return [record_job(job, writer) for job in jobs]
+def _record_task(jobs: Sequence[Job], root: Path, label: str, batch: int) -> list[RunSummary]:
+    with interrupted_once():
+        return list(_record_here(jobs, root, label, 1, batch, index=False))
 
 
 @contextmanager

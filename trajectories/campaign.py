@@ -176,7 +176,7 @@ def read_campaign(path: str | Path = CONFIG, **overrides: Any) -> Campaign:
 
 
 def run_campaign(
-    campaign: Campaign, root: str | Path, *, engine: str = "processes", workers: int = 1, progress: bool = False
+    campaign: Campaign, root: str | Path, *, engine: str = "processes", workers: int = 1, batch: int = 1, progress: bool = False
 ) -> CollectSummary:
     """Record the campaign's runs that the store at `root` has not, and write campaign.json and card.md beside it."""
     if engine not in ENGINES:
@@ -187,7 +187,7 @@ def run_campaign(
 
         recorder = record_in_ray
     jobs = [campaign.job(number) for number in range(campaign.runs)]
-    done = record_jobs(jobs, root, "campaign", workers=workers, progress=progress, run=recorder, check=False)
+    done = record_jobs(jobs, root, "campaign", workers=workers, batch=batch, progress=progress, run=recorder, check=False)
     facts = {"digest": campaign.digest, "campaign": json.loads(json.dumps(asdict(campaign), default=repr))}
     write_json(Path(root) / "campaign.json", facts | {"about": about(), "summary": done.to_dict()})
     write_card(root, Path(root) / "card.md")
@@ -201,10 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, help="how many; default: as the file says")
     parser.add_argument("--engine", choices=ENGINES, default="processes", help="default: processes")
     parser.add_argument("--workers", type=int, default=1, help="processes or Ray actors; default 1")
+    parser.add_argument("--batch", type=int, default=1, help="runs side by side where it pays (`mango collect`); default 1")
     args = parser.parse_args(arguments)
     try:
         campaign = read_campaign(args.config, runs=args.runs)
-        done = run_campaign(campaign, args.root, engine=args.engine, workers=args.workers, progress=True)
+        done = run_campaign(campaign, args.root, engine=args.engine, workers=args.workers, batch=args.batch, progress=True)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     rate = done.decisions / done.seconds if done.seconds else 0.0

@@ -56,6 +56,27 @@ class ResumableWorkload(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class BatchableWorkload(Protocol):
+    """A workload whose loss is a function of parameters and data alone, so that many runs can share one forward pass.
+
+    `loss()` must be `batch_loss(self.model, *self.next_batch())`.
+    """
+
+    @property
+    def batchable(self) -> bool:
+        """True where that pays and torch.vmap can do it: no dropout, no running statistics, no custom kernel without a rule."""
+        ...
+
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """The data of the next step; their shapes are the same in every run and step."""
+        ...
+
+    def batch_loss(self, model: Callable[..., Tensor], *data: Tensor) -> Tensor:
+        """The training loss of a model on such data."""
+        ...
+
+
 WorkloadBuilder = Callable[..., Workload]
 Builder = TypeVar("Builder", bound=WorkloadBuilder)
 WORKLOADS: dict[str, WorkloadBuilder] = {}

@@ -45,7 +45,7 @@ class Classification:
 
     Batches follow the model to its device and dtype. `val_loss` and `val_accuracy` are taken on all of `data.val_x`.
     `std` and `embedding_std` are those of `initialise`. A `stochastic` model draws in its forward pass (dropout and the
-    like): then from the workload's generator, so that it repeats with the seed.
+    like): then from the workload's generator, so that it repeats with the seed. `batchable`: see `BatchableWorkload`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Classification:
         embedding_std: float = 0.02,
         evaluation_batch: int = EVALUATION_BATCH,
         stochastic: bool = False,
+        batchable: bool = False,
     ) -> None:
         check_positive(steps=steps, batch=batch, evaluation_batch=evaluation_batch)
         self._generator = torch.Generator().manual_seed(seed)
@@ -71,6 +72,7 @@ class Classification:
         self.lr = lr
         self.augment = augment
         self.samples_per_step = batch
+        self.batchable = batchable and not stochastic                          # runs in a batch draw from no generator
         self._evaluation_batch = evaluation_batch
         self._stochastic = stochastic
         self._data = data
@@ -82,12 +84,19 @@ class Classification:
         return len(self._data.train_y) // self.batch
 
     def loss(self) -> Tensor:
+        batch = self.next_batch()
+        with drawing(self.model, self._generator, self._stochastic):
+            return self.batch_loss(self.model, *batch)
+
+    def next_batch(self) -> tuple[Any, Tensor]:
         index = self._batches.next()                                           # (B,)
         examples = self._data.train_x[index]                                   # (B, ...)
         if self.augment is not None:
             examples = self.augment(examples, self._generator)
-        with drawing(self.model, self._generator, self._stochastic):
-            return self._cross_entropy(examples, self._data.train_y[index])[0]
+        return examples, self._data.train_y[index]
+
+    def batch_loss(self, model: Callable[..., Tensor], *data: Any) -> Tensor:
+        return self._cross_entropy(model, *data)[0]
 
     def evaluate(self) -> dict[str, float]:
         total, correct, count = 0.0, 0, len(self._data.val_y)
@@ -95,7 +104,7 @@ class Classification:
             for start in range(0, count, self._evaluation_batch):
                 part = slice(start, start + self._evaluation_batch)
                 labels = self._data.val_y[part]
-                loss, logits = self._cross_entropy(self._data.val_x[part], labels)
+                loss, logits = self._cross_entropy(self.model, self._data.val_x[part], labels)
                 total += float(loss) * len(labels)
                 correct += int((logits.argmax(1).cpu() == labels).sum())
         return {"val_loss": total / count, "val_accuracy": correct / count}
@@ -106,7 +115,7 @@ class Classification:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_state(state, self._generator, self._batches)
 
-    def _cross_entropy(self, examples: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, model: Callable[..., Tensor], examples: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight = next(self.model.parameters())
-        logits = self.model(self._data.inputs(examples, weight)).float()       # (B, classes)
+        logits = model(self._data.inputs(examples, weight)).float()            # (B, classes)
         return F.cross_entropy(logits, labels.to(weight.device)), logits

@@ -55,7 +55,7 @@ def digits_mlp(
 ) -> Classification:
     """A perceptron of 64-128-128-10: about 26,000 parameters, three layers with 1,024 weights or more."""
     factory = partial(multilayer_perceptron, SIDE * SIDE, width, depth, CLASSES)
-    return Classification(factory, load_digits(), seed, steps=steps, batch=batch, lr=lr)
+    return Classification(factory, load_digits(), seed, steps=steps, batch=batch, lr=lr, batchable=True)
 
 
 @register_workload("digits_cnn")
