@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types readme bench policies policies-small clean
+.PHONY: help setup demo test check lint types readme bench compare policies policies-small clean
 
 help:                ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ readme: $(READY)     ## fill the README's results from benchmarks/results and de
 
 bench: $(READY)      ## the benchmarks, one after another; results go to benchmarks/results
 	@set -e; for program in $$(grep -l __main__ benchmarks/*.py); do echo "== $$program"; $(BIN)/python -m "benchmarks.$$(basename $$program .py)"; done
+
+compare: $(READY)    ## every optimizer on one bench: tables, figures, a page in runs/compare (a quarter of an hour)
+	$(BIN)/python -m experiments.compare --scale small --out runs/compare
 
 policies: $(READY)   ## the shipped policy from seeds: record, learn, gate, freeze, evaluate (hours); needs MANGO_DATA
 	$(BIN)/python -m experiments.make_universal --root runs/universal

@@ -36,6 +36,7 @@ from experiments.joined import Joined
 from experiments.run_modes import scaler_of, train_step
 from experiments.state_bytes import state_nbytes
 from mango import MANGO, CompressionConfig
+from mango.critical import SGD_C, Adam_C, Adam_CM
 from mango_env.workloads.initialise import build
 from mango_env.workloads.text import VOCABULARY, Transformer
 
@@ -292,6 +293,10 @@ BUDGET = {"memory_budget": 0.15, "policy_update_freq": 10}  # 1.2 bytes per para
           "Woo et al. 2024", lr=3e-3, options={"policy": "sensitivity", **BUDGET})  # fmt: skip
 @register("mango", "MANGO: least error per byte under a budget of a fraction of AdamW's 8 bytes", "this repository", lr=3e-3,
           options={"policy": "water-filling", **BUDGET})  # fmt: skip
+@register("mango_universal", "MANGO decided by the shipped policy under the same budget", "this repository", lr=3e-3,
+          options={"policy": "universal", **BUDGET})  # fmt: skip
+@register("mango_muon", "the same under Muon's rule", "this repository; Jordan et al. 2024", lr=3e-3,
+          options={"policy": "universal", "rule": "muon", "matrix_lr_scale": 4.0, **BUDGET})  # fmt: skip
 def _mango(named: Named, lr: float, **options: Any) -> Optimizer:
     return MANGO(named, lr=lr, **options)
 
@@ -321,6 +326,25 @@ def _mango_paged(named: Named, lr: float, memory_budget: float, page_to: str | P
     cuda = any(p.device.type == "cuda" for _, p in named)
     place = ("pinned" if cuda else tempfile.gettempdir()) if page_to is None else page_to
     return _mango_fixed("full", named, lr, memory_budget=memory_budget, page_to=place, **options)
+
+
+# ---- with a memory of past gradients or momenta ------------------------------------------------------------------------------
+
+CRITICAL, MOMENTA = "McRae et al. 2022", "Malviya et al. 2024"
+
+
+def _critical(kind: type[Optimizer], named: Named, lr: float, **options: Any) -> Optimizer:
+    return kind(_tensors(named), lr=lr, **options)  # type: ignore[call-arg]
+
+
+for _name, _kind, _paper, _lr, _options in (
+    ("sgd_c", SGD_C, CRITICAL, 0.1, {"momentum": 0.9, "topC": 5}),
+    ("adam_c", Adam_C, CRITICAL, 3e-3, {"topC": 5}),
+    ("adam_c_int8", Adam_C, CRITICAL, 3e-3, {"topC": 5, "buffer_codec": "int8"}),
+    ("adam_cm", Adam_CM, MOMENTA, 3e-3, {"topC": 5}),
+):
+    register(_name, f"mango.critical.{_kind.__name__}, 5 items" + " of 8 bits" * (_name == "adam_c_int8"), _paper, lr=_lr,
+             options=_options)(partial(_critical, _kind))  # fmt: skip
 
 
 # ---- further ones go here: @register(...), with the import of what they need inside the builder ------------------------------

@@ -17,6 +17,7 @@ PROGRAMS = ("trajectories", "deploy", "experiments", "benchmarks", "main")
 BASE = {"torch", "numpy", "safetensors"}
 ENV = BASE | {"gymnasium", "h5py", "mango"}
 HEAVY = {"d3rlpy", "stable_baselines3", "sb3_contrib", "minari", "plotly", "sklearn", "PIL", "yaml", "gym", "gym_notices", "ray"}
+HEAVY |= {"sacrebleu"}
 HUB = {"huggingface_hub"}
 
 # floor -> what its modules may import when they are loaded, and what further a function may import when it is called

@@ -27,11 +27,13 @@ from mango_env.workloads import (
     text,
 )
 from mango_env.workloads.data import Batches, evaluating, read_arrays
+from tests import made_data
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {                                                                      # the file that is asked for first
     "books_lm": "books_train.txt.gz",
     "cifar10_cnn": "cifar10_tiny.npz",
+    "cifar10_resnet": "cifar10_tiny.npz",
     "cifar10_vit": "cifar10_tiny.npz",
     "fashion_cnn": "fashion_mnist_train.npz",
     "fashion_vit": "fashion_mnist_train.npz",
@@ -42,12 +44,27 @@ NEEDS = {                                                                      #
     "shakespeare_lstm": "tinyshakespeare.txt",
     "sst2_classifier": "sst2_train.tsv.gz",
 }
+MADE = {                                                                       # of those that run on made-up data sets here
+    "bert_pairs": "books_train.txt.gz",
+    "bert_sst2": "sst2_train.tsv.gz",
+    "cifar100_resnet": "cifar100_train_jpeg.npz",
+    "gpt2": "books_train.txt.gz",
+    "imagenet": "imagenet/train",
+    "llama": "books_train.txt.gz",
+}
 SMALL: dict[str, dict[str, Any]] = {                                           # options that keep the shared tests fast
+    "bert_pairs": {"context": 40, "pairs": 400, "dropout": 0.02},
+    "bert_sst2": {"context": 16},
     "books_lm": {"width": 32},
     "cifar10_cnn": {"tiny": True, "batch": 16, "width": 8, "val_size": 100},
+    "cifar10_resnet": {"tiny": True, "batch": 16, "width": 4, "units": 1, "val_size": 100},
     "cifar10_vit": {"tiny": True, "batch": 16, "width": 32, "val_size": 100},
+    "cifar100_resnet": {"batch": 16, "width": 4, "units": 1, "val_size": 40},
     "fashion_cnn": {"batch": 16, "width": 8, "val_size": 100},
     "fashion_vit": {"batch": 16, "width": 32, "val_size": 100},
+    "gpt2": {"size": "tiny", "merges": made_data.MERGES, "context": 16, "dropout": 0.1},
+    "imagenet": {"model": "efficientnet_b4", "image_size": 32, "width": 8, "depth": 1, "batch": 16},
+    "llama": {"size": "tiny", "merges": made_data.MERGES, "context": 16},
     "mnist_cnn": {"batch": 16, "width": 8, "val_size": 100},
     "mnist_mlp": {"val_size": 500},
     "multi30k_translation": {"width": 32},
@@ -57,13 +74,25 @@ SMALL: dict[str, dict[str, Any]] = {                                           #
     "source_lstm": {"width": 32},
     "sst2_classifier": {"words": 2000, "width": 32},
 }
-SLOW_STARTERS = {"cifar10_vit": 80, "sst2_classifier": 80}                     # steps of test_the_loss_falls; others take 30
+SLOW_STARTERS = {"bert_pairs": 260, "cifar10_vit": 80, "sst2_classifier": 80}  # steps of test_the_loss_falls; others take 30
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of made-up data sets."""
+    pytest.importorskip("PIL.Image", reason="needs Pillow, which decodes the images")
+    return made_data.write_all(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(params=sorted(WORKLOADS))
-def build(request: pytest.FixtureRequest) -> Callable[..., Workload]:
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Workload]:
     """`build(seed)` of every member of the table."""
     name = request.param
+    if name in MADE:
+        folder = request.getfixturevalue("made")
+        monkeypatch.setenv("MANGO_DATA", str(folder))
+        monkeypatch.setenv("MANGO_CACHE", str(folder / "cache"))
+        monkeypatch.syspath_prepend(str(folder / "site"))
     if name in NEEDS:
         folder = os.environ.get("MANGO_DATA")
         if not folder or not (Path(folder) / NEEDS[name]).is_file():
@@ -317,7 +346,7 @@ def test_cifar10_is_decoded_once_into_the_cache(jpegs: Path, monkeypatch: pytest
     level = np.random.default_rng(0).integers(0, 256, (40, 3))                 # flat images survive JPEG within a few levels
     assert np.abs(pixels.astype(int) - level[:, :, None, None]).max() <= 4
     monkeypatch.setattr(cifar10, "_decode_all", None)                          # a second decoding would fail
-    cifar10.load_cifar10.cache_clear()
+    cifar10.load_cifar.cache_clear()
     make_workload("cifar10_cnn", 0, batch=8, width=4)
 
 
@@ -354,13 +383,14 @@ def test_a_cache_that_cannot_be_written_is_told(jpegs: Path, monkeypatch: pytest
 # ---- data
 
 
-@pytest.mark.parametrize(("name", "file"), [*NEEDS.items(), ("cifar10_cnn", "cifar10_train_jpeg.npz")])
+@pytest.mark.parametrize(("name", "file"), [*NEEDS.items(), *MADE.items(), ("cifar10_cnn", "cifar10_train_jpeg.npz")])
 def test_missing_data_says_which_file_is_wanted_and_how_to_get_it(
     name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"tiny": True} if file == "cifar10_tiny.npz" else {}
     monkeypatch.setenv("MANGO_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=f"{name}.*{tmp_path / file}.*does not exist.*(github.com|numpy.savez)"):
+    source = r"(github\.com|numpy\.savez|image-net\.org)"
+    with pytest.raises(FileNotFoundError, match=f"{name}.*{tmp_path / file}.*does not exist.*{source}"):
         make_workload(name, 0, **options)
     monkeypatch.delenv("MANGO_DATA")
     with pytest.raises(FileNotFoundError, match=f"{name}.*{file}.*MANGO_DATA is not set.*digits_mlp"):

@@ -15,10 +15,12 @@ from train_policy.cli_data import data_app
 from train_policy.cli_support import (
     DEBUG_FLAG,
     JsonOption,
+    LogLevelOption,
     RuleOption,
     ScheduleOption,
     SeedOption,
     StepsOption,
+    at_level,
     check_rule,
     console,
     emit,
@@ -266,24 +268,37 @@ def run(
     rule: RuleOption = "adamw",
     seeds: Annotated[int, typer.Option(help="runs per method")] = 1,
     seed: SeedOption = 0,
-    target: Annotated[float | None, typer.Option(help="report the first step whose training loss reaches it")] = None,
+    target: Annotated[float | None, typer.Option(help="report the first step at which --metric reaches it")] = None,
+    metric: Annotated[str, typer.Option(help="loss (training's), or held out: val_loss, val_accuracy, bleu, ...")] = "loss",
+    evaluate_every: Annotated[int, typer.Option(help="optimizer steps between looks at a held-out --metric")] = 100,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda with --gpu-memory-fraction, else cpu")] = None,
+    gpu_memory_fraction: Annotated[float | None, typer.Option(help="share of the GPU's memory that may be used")] = None,
+    log_level: LogLevelOption = "info",
     data_dir: Annotated[Path | None, typer.Option(help="folder of data sets, in place of MANGO_DATA")] = None,
     output_dir: Annotated[Path, typer.Option(help="where study.json and study.csv go")] = Path("runs/study"),
     json: JsonOption = None,
 ) -> None:
     """Train one optimizer, five against each other, or MANGO with components switched off. Writes JSON and CSV."""
+    report = at_level(log_level, "mango.study")
     if data_dir is not None:
+        if not data_dir.is_dir():
+            raise ValueError(f"--data-dir {data_dir} is no folder")
         os.environ["MANGO_DATA"] = str(data_dir)
     from train_policy.run_study import Args, run_study, summary
+    from train_policy.throughput import check_device
 
+    place = check_device(device or ("cpu" if gpu_memory_fraction is None else "cuda"), gpu_memory_fraction)
     args = Args(mode, optimizer, workload, policy, parse_budget(budget), steps, epochs, batch_size, learning_rate,
-                rule=rule, seeds=seeds, seed=seed, target=target)  # fmt: skip
+                rule=rule, seeds=seeds, seed=seed, target=target, metric=metric, evaluate_every=evaluate_every,
+                device=str(place))  # fmt: skip
     check_rule(rule)
-    path, rows, failures = run_study(args, output_dir, report=say)
+    path, rows, failures = run_study(args, output_dir, report=report, failed=say)
     lines = summary(rows)
 
     def tables() -> None:
-        columns = ("policy", "val_loss", "val_loss_se", "val_accuracy", "state_bytes_peak", "adamw_bytes", "seconds", "what")
+        optional = ("val_accuracy", "val_perplexity", "samples_per_second", "tokens_per_second", "seconds_to_target")
+        known = [name for name in optional if any(line[name] is not None and line[name] == line[name] for line in lines)]
+        columns = ("policy", "val_loss", "val_loss_se", *known, "state_bytes_peak", "adamw_bytes", "seconds", "what")
         if lines:
             print_table(f"{mode} on {workload}, {seeds} seeds", columns, [[line[c] for c in columns] for line in lines])
         console.print(f"wrote {path} and {path.with_suffix('.csv')}")

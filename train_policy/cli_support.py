@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import math
 import os
 import sys
@@ -27,6 +28,9 @@ SeedOption = Annotated[int, typer.Option("--seed", help="everything random follo
 RuleOption = Annotated[str, typer.Option("--rule", help="base rule of the optimizer: adamw, adam, sgd, lion or muon")]
 ScheduleOption = Annotated[str, typer.Option("--schedule", help="of the learning rate: constant, linear or cosine")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimizer steps of a run; default: the workload's own")]
+
+LogLevelOption = Annotated[str, typer.Option("--log-level", help="what stderr tells: debug, info, warning or error")]
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,6 +99,23 @@ def emit(json_option: str | None, content: Any, tables: Callable[[], None]) -> N
 def say(text: str) -> None:
     """A line about what happens, on stderr, so that stdout stays the result."""
     err_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Said(logging.Handler):
+    """Log records as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def at_level(level: str, logger: str) -> Callable[[str], None]:
+    """Let `logger` say what is at least of this level; returns how a result is reported: from info down, else not at all."""
+    if level not in LOG_LEVELS:
+        raise ValueError(f"unknown log level {level!r}; known: {', '.join(LOG_LEVELS)}")
+    log = logging.getLogger(logger)
+    log.handlers, log.propagate = [_Said()], False
+    log.setLevel(level.upper())
+    return log.info
 
 
 def plain(value: Any) -> Any:

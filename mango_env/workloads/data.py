@@ -3,13 +3,14 @@
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
@@ -123,8 +124,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def drawing(model: nn.Module, generator: torch.Generator, enabled: bool = True) -> Iterator[None]:
+    """What a model draws from torch's global generators inside the block (dropout) follows from `generator` alone.
+
+    Afterwards they are as they were. Not `enabled`, nothing is drawn and nothing changes.
+    """
+    if not enabled:
+        yield
+        return
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices):
+        seed = int(torch.randint(2**62, (), generator=generator))
+        torch.default_generator.manual_seed(seed)                              # torch.manual_seed would touch other devices too
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def data_file(name: str, workload: str, source: str) -> Path:
     """The path of a data file in `$MANGO_DATA`; `FileNotFoundError` says what is missing and, from `source`, how to get it."""
+    return _existing(name, workload, source, Path.is_file)
+
+
+def data_folder(name: str, inside: str, workload: str, source: str) -> Path:
+    """The same of a folder in `$MANGO_DATA` that has a folder `inside`."""
+    return _existing(f"{name}/{inside}", workload, source, Path.is_dir).parent
+
+
+def _existing(name: str, workload: str, source: str, exists: Callable[[Path], bool]) -> Path:
     how = f"{source}. Workloads that need no file: digits_mlp, digits_cnn, source_lm, source_lstm"
     folder = os.environ.get("MANGO_DATA")
     if not folder:
@@ -132,7 +161,7 @@ def data_file(name: str, workload: str, source: str) -> Path:
             f"workload {workload!r} reads {name} from the folder that MANGO_DATA names, and MANGO_DATA is not set. {how}"
         )
     path = Path(folder).expanduser() / name
-    if not path.is_file():
+    if not exists(path):
         raise FileNotFoundError(f"workload {workload!r} reads {path}, which does not exist (the folder is MANGO_DATA). {how}")
     return path
 
@@ -178,3 +207,21 @@ def cache_folder() -> Path:
     except OSError as error:
         raise OSError(f"the cache folder {folder} cannot be made ({error}); set MANGO_CACHE to a writable folder") from error
     return folder
+
+
+def cached_array(name: str, make: Callable[[], NDArray[Any]]) -> Path:
+    """The path of the `.npy` file `name` in the cache folder; written by `make` where it is missing."""
+    target = cache_folder() / name
+    if target.is_file():
+        return target
+    array = make()
+    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")               # processes that make it at once do not meet
+    try:
+        with aside.open("wb") as file:
+            np.save(file, array)
+        os.replace(aside, target)
+    except OSError as error:
+        raise OSError(f"what was decoded cannot be written to {target} ({error}); set MANGO_CACHE to another folder") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return target

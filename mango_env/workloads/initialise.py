@@ -13,11 +13,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def build(
-    factory: Callable[[], Model], generator: torch.Generator, std: float | None = None, embedding_std: float = 0.02
+    factory: Callable[[], Model],
+    generator: torch.Generator,
+    std: float | None = None,
+    embedding_std: float = 0.02,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """`factory()` with its parameters drawn from `generator`; the global random state is left as it was."""
+    """`factory()` with its parameters, of `dtype`, drawn from `generator`; the global random state is left as it was."""
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):                                    # torch.nn draws from the global state
-        model = factory()
+        torch.set_default_dtype(dtype)                                         # never a float32 copy of a large bfloat16 model
+        try:
+            model = factory()
+        finally:
+            torch.set_default_dtype(before)
     return initialise(model, generator, std, embedding_std)
 
 

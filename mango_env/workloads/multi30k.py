@@ -14,7 +14,7 @@ from mango_env.workloads.base import register_workload
 from mango_env.workloads.data import Batches, Shared, check_positive, data_file, evaluating, load_state, read_pairs, save_state
 from mango_env.workloads.initialise import build
 from mango_env.workloads.transformer import Block, DecoderBlock
-from mango_env.workloads.words import PADDING, RESERVED, encode_sentences, frequent_words, trim
+from mango_env.workloads.words import END, PADDING, RESERVED, START, UNKNOWN, encode_sentences, frequent_words, trim
 
 SOURCE = (
     "It is a table compressed by gzip, lines of German<TAB>English without a heading; "
@@ -33,6 +33,8 @@ class TranslationData(Shared):
     train_target: Tensor                                                       # (N, T + 1) int32, from START to END
     val_source: Tensor                                                         # (M, T) int32
     val_target: Tensor                                                         # (M, T + 1) int32
+    val_references: tuple[str, ...]                                            # (M,) the translations, with every word
+    target_words: tuple[str, ...]                                              # by number, the reserved ones among them
 
 
 @lru_cache(maxsize=2)
@@ -45,7 +47,9 @@ def load_multi30k(train: Path, val: Path, source_words: int, target_words: int, 
         # What the decoder reads and what it is to say are the target without its last and its first column.
         length = context + side
         rows.append([encode_sentences(part[side], vocabulary, length, marked=bool(side)) for part in sides])
-    return TranslationData(rows[0][0], rows[1][0], rows[0][1], rows[1][1])
+    references = tuple(" ".join(words) for words in sides[1][1])
+    names = ("",) * UNKNOWN + ("<unk>",) + ("",) * (RESERVED - UNKNOWN - 1) + tuple(vocabulary)
+    return TranslationData(rows[0][0], rows[1][0], rows[0][1], rows[1][1], references, names)
 
 
 def _sentences(path: Path) -> tuple[list[list[str]], list[list[str]]]:
@@ -92,8 +96,14 @@ class Translation:
         self.steps = steps
         self.batch = batch
         self.lr = lr
+        self.samples_per_step = batch
         self._data = data
         self._batches = Batches(len(data.train_source), batch, self._generator)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every training pair once; an incomplete last batch is dropped."""
+        return len(self._data.train_source) // self.batch
 
     def loss(self) -> Tensor:
         index = self._batches.next()
@@ -108,6 +118,33 @@ class Translation:
                 loss, words = self._cross_entropy(source, target)
                 total, count = total + float(loss), count + words
         return {"val_loss": total / count}
+
+    def translate(self, limit: int | None = None) -> list[str]:
+        """Each of the first `limit` held-out sentences (None: all) said by always taking the likeliest next word."""
+        found = []
+        with evaluating(self.model):
+            for part in torch.split(self._data.val_source[:limit], EVALUATION_BATCH):
+                found += [self._sentence(row) for row in self._greedy(trim(part).long()).tolist()]
+        return found
+
+    def references(self, limit: int | None = None) -> list[str]:
+        """The translations that `translate` is measured by."""
+        return list(self._data.val_references[:limit])
+
+    def _greedy(self, source: Tensor) -> Tensor:
+        """Word numbers (B, T) from `START` on, for sources (B, S); what stands behind an `END` means nothing."""
+        source = source.to(next(self.model.parameters()).device)
+        said = torch.full((len(source), 1), START, device=source.device)
+        longest = self._data.val_target.shape[1] - 1
+        while said.shape[1] <= longest and not (said == END).any(1).all():
+            scores = self.model(source, said)[:, -1]                           # (B, V)
+            scores[:, [PADDING, START]] = -torch.inf
+            said = torch.cat([said, scores.argmax(1, keepdim=True)], 1)
+        return said
+
+    def _sentence(self, numbers: list[int]) -> str:
+        stop = numbers.index(END) if END in numbers else len(numbers)
+        return " ".join(self._data.target_words[number] for number in numbers[1:stop])
 
     def state_dict(self) -> dict[str, Any]:
         return save_state(self._generator, self._batches)

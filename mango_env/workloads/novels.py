@@ -1,6 +1,5 @@
 """`books_words`: a small transformer on the words of English novels, most of whose parameters are embedding and head."""
 
-import math
 import re
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from mango_env.workloads.base import register_workload
 from mango_env.workloads.data import TextData, check_positive, data_file, read_text
-from mango_env.workloads.text import BOOKS, BOOKS_SOURCE, LanguageModel, Transformer
+from mango_env.workloads.text import BOOKS, BOOKS_SOURCE, TokenModel, Transformer
 from mango_env.workloads.words import RESERVED, UNKNOWN, frequent_words
 
 WORD = re.compile(r"[a-z]+|[^a-z\s]")                                          # words without case, and each other sign
@@ -30,14 +29,6 @@ def _numbers(text: list[str], vocabulary: dict[str, int]) -> Tensor:
     return torch.tensor([vocabulary.get(word, UNKNOWN) for word in text], dtype=torch.int16)
 
 
-class WordModel(LanguageModel):
-    """Next-word prediction; `val_loss` is in nats per word."""
-
-    def evaluate(self) -> dict[str, float]:
-        val_loss = super().evaluate()["val_loss"]
-        return {"val_loss": val_loss, "val_perplexity": math.exp(min(val_loss, 700.0))}
-
-
 @register_workload("books_words")
 def books_words(
     seed: int,
@@ -50,10 +41,10 @@ def books_words(
     depth: int = 2,
     heads: int = 4,
     lr: float = 3e-3,
-) -> WordModel:
+) -> TokenModel:
     """Two layers on the 4,000 most frequent words of English novels from `$MANGO_DATA`, about 440,000 parameters."""
     check_positive(words=words)
     data = load_words(*(data_file(name, "books_words", BOOKS_SOURCE) for name in BOOKS), words)
     network = partial(Transformer, vocabulary=words + RESERVED)
     sizes = {"batch": batch, "context": context, "width": width, "depth": depth, "heads": heads}
-    return WordModel(data, seed, network, steps=steps, lr=lr, **sizes)
+    return TokenModel(data, seed, network, steps=steps, lr=lr, **sizes)

@@ -39,17 +39,20 @@ class SentenceData(Shared):
 @lru_cache(maxsize=2)
 def load_sst2(train: Path, val: Path, words: int, context: int) -> SentenceData:
     """Sentences cut to `context` words; the vocabulary holds the `words` most frequent ones of the training set."""
-    (train_text, train_y), (val_text, val_y) = (_labelled(path) for path in (train, val))
+    (train_text, train_y), (val_text, val_y) = (
+        ([sentence.split() for sentence in sentences], labels) for sentences, labels in map(labelled_sentences, (train, val))
+    )
     vocabulary = frequent_words(train_text, words)
     train_x, val_x = (encode_sentences(text, vocabulary, context) for text in (train_text, val_text))
     return SentenceData(train_x, train_y, val_x, val_y)
 
 
-def _labelled(path: Path) -> tuple[list[list[str]], Tensor]:
+def labelled_sentences(path: Path) -> tuple[list[str], Tensor]:
+    """Sentences with their labels, 0 or 1."""
     heading, *pairs = read_pairs(path)
     if heading != HEADING or not pairs or {label for _, label in pairs} - {"0", "1"}:
         raise ValueError(f"{path} is no table with the heading sentence<TAB>label and the labels 0 and 1; get it anew")
-    return [sentence.split() for sentence, _ in pairs], torch.tensor([int(label) for _, label in pairs])
+    return [sentence for sentence, _ in pairs], torch.tensor([int(label) for _, label in pairs])
 
 
 class SentenceClassifier(nn.Module):

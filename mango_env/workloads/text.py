@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mango_env.workloads.base import register_workload
-from mango_env.workloads.data import TextData, check_positive, data_file, evaluating, load_state, read_text, save_state
+from mango_env.workloads.data import TextData, check_positive, data_file, drawing, evaluating, load_state, read_text, save_state
 from mango_env.workloads.initialise import build
 from mango_env.workloads.transformer import Block
 
@@ -125,28 +125,39 @@ class LanguageModel:
     """Next-symbol prediction on windows drawn at random; `val_loss` is in nats per symbol, on evenly spaced windows.
 
     `network(context=..., **sizes)` makes the model: symbols (B, T) to logits (B, T, V), of which none sees a later symbol.
+    Its parameters are of `dtype`. A `stochastic` one draws in its forward pass (dropout): then from the workload's generator.
     """
 
     def __init__(
-        self, data: TextData, seed: int, network: Callable[..., nn.Module] = Transformer, /, *,
-        steps: int, batch: int, context: int, lr: float, val_windows: int = VAL_WINDOWS, **sizes: int,
+        self, data: TextData, seed: int, network: Callable[..., nn.Module] = Transformer,
+        dtype: torch.dtype = torch.float32, stochastic: bool = False, /, *,
+        steps: int, batch: int, context: int, lr: float, val_windows: int = VAL_WINDOWS, embedding_std: float = EMBEDDING_STD,
+        **sizes: int,
     ) -> None:  # fmt: skip
-        check_positive(steps=steps, batch=batch, context=context, **sizes)
-        if context >= len(data.val):
-            raise ValueError(f"context={context} is longer than the held-out text of {len(data.val)} characters")
+        check_positive(steps=steps, batch=batch, context=context, val_windows=val_windows, **sizes)
+        if context >= min(len(data.train), len(data.val)):
+            raise ValueError(f"context={context} is longer than a text: {len(data.train)} and {len(data.val)} symbols")
         self._generator = torch.Generator().manual_seed(seed)
-        self.model = build(partial(network, context=context, **sizes), self._generator, 0.02, EMBEDDING_STD)
+        self.model = build(partial(network, context=context, **sizes), self._generator, 0.02, embedding_std, dtype)
         self.steps = steps
         self.batch = batch
         self.lr = lr
-        self.tokens = batch * context                                          # symbols per step
+        self.samples_per_step = batch
+        self.tokens_per_step = batch * context
+        self._stochastic = stochastic
         self._data = data
         self._context = context
         self._val_windows = val_windows
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that read as many symbols as the training text has."""
+        return max(1, len(self._data.train) // self.tokens_per_step)
+
     def loss(self) -> Tensor:
         starts = torch.randint(len(self._data.train) - self._context, (self.batch,), generator=self._generator)
-        return self._cross_entropy(self._windows(self._data.train, starts))
+        with drawing(self.model, self._generator, self._stochastic):
+            return self._cross_entropy(self._windows(self._data.train, starts))
 
     def evaluate(self) -> dict[str, float]:
         last = len(self._data.val) - self._context - 1
@@ -170,6 +181,14 @@ class LanguageModel:
         windows = windows.to(next(self.model.parameters()).device)
         logits = self.model(windows[:, :-1]).float()                           # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+class TokenModel(LanguageModel):
+    """The same of words or parts of words; `val_loss` is in nats per token, `val_perplexity` its exponential."""
+
+    def evaluate(self) -> dict[str, float]:
+        val_loss = super().evaluate()["val_loss"]
+        return {"val_loss": val_loss, "val_perplexity": math.exp(min(val_loss, 700.0))}
 
 
 @register_workload("source_lm")

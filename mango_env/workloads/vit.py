@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,27 +20,35 @@ EMBEDDING_STD = 0.2                                                            #
 class VisionTransformer(nn.Module):
     """Square patches, learned positions, `depth` blocks that look both ways, and a head on the mean over patches.
 
-    A plain ViT (Dosovitskiy et al. 2021, sec. 3.1) without a class token (Beyer et al. 2022, sec. 2).
+    A plain ViT (Dosovitskiy et al. 2021, sec. 3.1), by default without a class token (Beyer et al. 2022, sec. 2): with one,
+    the head reads that token.
     """
 
-    def __init__(self, channels: int, side: int, patch: int, width: int, depth: int, heads: int, classes: int) -> None:
+    def __init__(
+        self, channels: int, side: int, patch: int, width: int, depth: int, heads: int, classes: int, class_token: bool = False
+    ) -> None:
         super().__init__()
         check_positive(patch=patch, width=width, depth=depth, heads=heads)
         if side % patch:
             raise ValueError(f"patch={patch} must divide the side of the images, {side}")
         self.patch = patch
         self.embed = nn.Linear(channels * patch**2, width)
-        self.embed_position = nn.Embedding((side // patch) ** 2, width)
+        self.embed_class = nn.Embedding(1, width) if class_token else None
+        self.embed_position = nn.Embedding((side // patch) ** 2 + class_token, width)
         self.blocks = nn.ModuleList(Block(width, heads, context=None, causal=False) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:                                    # (B, C, side, side)
         patches = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)  # (B, N, C patch²)
-        x = self.embed(patches) + self.embed_position.weight                   # (B, N, W)
+        x = self.embed(patches)                                                # (B, N, W)
+        if self.embed_class is not None:
+            x = torch.cat([self.embed_class.weight.expand(len(x), 1, -1), x], 1)  # (B, 1 + N, W)
+        x = x + self.embed_position.weight
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x).mean(1))                       # (B, classes)
+        x = self.norm(x)
+        logits: Tensor = self.head(x.mean(1) if self.embed_class is None else x[:, 0])  # (B, classes)
         return logits
 
 
