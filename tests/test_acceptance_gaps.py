@@ -6,8 +6,9 @@ import json
 import math
 import resource
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import pytest
@@ -28,7 +29,7 @@ from mango_env import ENV_ID
 from mango_env.cache import build_cache
 from mango_env.reward import Reward
 from tests.test_snippets import ONLINE_LEARNING, YourModel, batches, run
-from tests.tiny_workload import tiny
+from tests.tiny_workload import Regression, tiny
 from train_policy import bc
 from train_policy.collect import CollectArgs, collect
 from train_policy.gate import bootstrap_interval
@@ -144,6 +145,35 @@ def test_g2_g10_the_compression_ratio_is_that_of_the_bytes_that_were_stored() ->
         ratios.append(optimizer.adamw_bytes / optimizer.state_bytes())
     found = optimizer.get_compression_stats()["avg_compression_ratio"]
     assert found == pytest.approx(sum(ratios) / len(ratios), rel=0.01) and found > 1 and ratios[30] > ratios[10] > 1 > ratios[50]
+
+
+class Timed(Regression):
+    """A workload with a clock of its own: training lasts from the first loss to the evaluation."""
+
+    samples_per_step, tokens_per_step = 16, 64
+    calls: ClassVar[list[float]] = []
+
+    def loss(self) -> Tensor:
+        self.calls.append(time.perf_counter())
+        time.sleep(0.01)
+        return super().loss()
+
+    def evaluate(self) -> dict[str, float]:
+        self.calls.append(time.perf_counter())
+        return super().evaluate()
+
+
+@pytest.mark.parametrize("method", ["adamw", "mango_adaptive"])
+def test_g7_throughput_is_steps_times_batch_over_the_clock(method: str) -> None:
+    """Of three turns, since another process may hold this one up between two readings of the two clocks."""
+    off = []
+    for _ in range(3):
+        Timed.calls.clear()
+        row = run_method(StudyArgs(workload=Timed, steps=40, budget=1.0), methods()[method], 0)
+        wall = Timed.calls[40] - Timed.calls[0]
+        assert row["tokens_per_second"] == pytest.approx(4 * row["samples_per_second"])
+        off.append(abs(row["samples_per_second"] / (40 * 16 / wall) - 1))
+    assert min(off) < 0.05, off
 
 
 def test_a27_g13_five_seeds_at_a_quarter_of_the_bytes_stay_within_a_percent_of_accuracy() -> None:
