@@ -314,6 +314,12 @@ for _rung, _what in {
     register(f"mango_{_rung}", f"MANGO {_what}", "this repository", lr=3e-3)(partial(_mango_fixed, _rung))
 
 
+@register("mango_g4r4", "MANGO with 4-bit gradients, and moments of rank 4 in 4-bit factors", "this repository", lr=3e-3)
+def _mango_g4r4(named: Named, lr: float, **options: Any) -> Optimizer:
+    config = CompressionConfig(gradient_bits=4, rank=4, factor_bits_p=4, factor_bits_q=4, variance_bits=0)
+    return MANGO(named, lr=lr, policy=config, **({"policy_update_freq": 10**9} | options))
+
+
 @register("mango_paged", "MANGO in float32 with a quarter of it resident, the rest in a mapped file or pinned memory",
           QLORA, lr=3e-3, options={"memory_budget": 0.25})  # fmt: skip
 def _mango_paged(named: Named, lr: float, memory_budget: float, page_to: str | Path | None = None, **options: Any) -> Optimizer:
