@@ -55,7 +55,7 @@ def test_h2_nothing_that_is_coded_loses_more_than_its_format_declares(
 
 @pytest.mark.parametrize("shape", [(8, 8), (30, 7)])
 def test_h2_factors_may_lose_more_than_there_is_but_never_more_than_declared(shape: tuple[int, int]) -> None:
-    """A row and a column of ones: their crossing is overrated by about a quarter of min(shape)."""
+    """A row and a column of ones: of n x n their crossing is given as n / 2, and n / 8 of the squared norm is lost."""
     x = torch.full(shape, 1e-6)
     x[0], x[:, 0] = 1.0, 1.0
     lost = (encode(UNSIGNED[0], x).decode() - x).square().sum() / x.square().sum()
