@@ -106,9 +106,12 @@ def trade_off(axes: Any, lines: Sequence[Line], runs: Sequence[Line], styles: Ma
         at, error = (line["state_bytes_per_param"], line["val_loss"]), line.get("val_loss_se") or 0.0
         colour, inside = styles[line["method"]]["color"], None if line["method"] in front else "none"
         axes.errorbar(*at, yerr=error, fmt="o", label=line["method"], color=colour, markerfacecolor=inside)
+        shade = "black" if inside is None else "grey"
+        axes.annotate(line["method"], at, xytext=(4, 3), textcoords="offset points", fontsize=6, color=shade)
     best = sorted((line["state_bytes_per_param"], line["val_loss"]) for line in lines if line["method"] in front)
     axes.plot(*zip(*best, strict=True), color="#94a3b8", linestyle=":")
     axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_yscale("log")
     axes.set_xlabel("bytes of optimizer state per parameter")
     axes.set_ylabel("held-out loss")
 

@@ -126,6 +126,13 @@ def test_a_result_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> No
             read_result(bad)
 
 
+def test_what_was_summed_over_seeds_is_a_table_of_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({"rows": [row("a", 10, 1.0)], "summary": [{"policy": "a", "val_loss_se": 0.25}]}))
+    page, _ = report_file(path, tmp_path / "page.html")
+    assert "Over all seeds" in page.read_text() and "<th>val_loss_se</th>" in page.read_text()
+
+
 def test_curves_stages_and_failures_of_a_result_survive_reading(tmp_path: Path) -> None:
     path = tmp_path / "demo.json"
     curve = {"group": "cloning", "name": "loss", "x": [1, 2], "y": [3.0, 2.0]}

@@ -38,6 +38,7 @@ class Result:
     curves: list[Curve] = field(default_factory=list)
     stages: list[Row] = field(default_factory=list)      # name, seconds, outcome
     about: dict[str, Any] = field(default_factory=dict)
+    summary: list[Row] = field(default_factory=list)     # a line per method or policy, over seeds
     failures: list[Row] = field(default_factory=list)
     gates: list[Row] = field(default_factory=list)       # policy, against, accepted, reason
     verdicts: list[str] = field(default_factory=list)
@@ -84,7 +85,7 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} has no rows: nothing finished")
     curves = [Curve(**curve) for curve in content.get("curves", [])] + loss_curves(rows)
     kind = str(content.get("kind", "evaluation"))
-    rest = {name: content[name] for name in ("stages", "about", "failures", "gates", "verdicts") if name in content}
+    rest = {name: content[name] for name in ("stages", "about", "summary", "failures", "gates", "verdicts") if name in content}
     return Result(f"MANGO: {kind}", rows, curves, **rest)
 
 

@@ -37,6 +37,7 @@ def page(result: Result, figures: Sequence[tuple[str, str]]) -> str:
 
     parts = [f"<h1>{escape(result.title)}</h1>", verdict(result.rows)]
     parts += [section("Verdict", "".join(f"<p>{escape(line)}</p>" for line in result.verdicts))] if result.verdicts else []
+    parts += [section("Over all seeds", f'<div class="wide">{table(result.summary)}</div>')] if result.summary else []
     parts += [section("Stages", table(result.stages))] if result.stages else []
     parts += [section("Gates", table(result.gates))] if result.gates else []
     parts += [section("Failed runs", table(result.failures))] if result.failures else []
