@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mango.config import CompressionConfig
+from mango_env.locks import locked
 from mango_env.reward import Reward, RewardTerms
 from mango_env.run import DEFAULT_INTERVAL, Interval, TrainingRun
 from mango_env.workloads import WORKLOADS, split_options
@@ -117,12 +118,29 @@ def _remembered(identity: TwinIdentity, cache: str | None) -> Twin:
     digest = identity.digest()
     folder = Path(cache) if cache else Path.home() / ".cache" / "mango"
     path = None if digest is None else folder / "twins" / f"{digest}.json"
-    twin = read_twin(path) if path is not None else None
-    if twin is None:
-        twin = train_twin(identity)
-        if path is not None:
+    if path is None:
+        return train_twin(identity)
+    twin = read_twin(path)
+    if twin is not None:
+        return twin
+    with _one_at_a_time(path):
+        twin = read_twin(path)                               # somebody may have made it meanwhile
+        if twin is None:
+            twin = train_twin(identity)
             write_twin(path, twin)
     return twin
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Processes that want the same twin wait for the first of them. Where no lock can be had, each trains its own."""
+    lock = path.with_suffix(".lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock))
+            stack.callback(lock.unlink, missing_ok=True)     # who waits for it finds the twin; who comes later, too
+        yield
 
 
 def train_twin(identity: TwinIdentity) -> Twin:

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -371,6 +374,27 @@ def test_a_twin_is_trained_once_and_then_read(cache: Path, monkeypatch: pytest.M
     twins._remembered.cache_clear()
     assert twin_of(small(0)) == first
     assert len(trained) == 6
+
+
+def test_workers_that_want_the_same_twin_train_it_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand for processes: the lock is of an open file, and neither has the twin in memory."""
+    trained: list[int] = []
+    original, both = twins.train_twin, threading.Barrier(2)
+
+    def slow(identity: twins.TwinIdentity) -> Twin:
+        trained.append(identity.seed)
+        time.sleep(0.2)
+        return original(identity)
+
+    def wanted(run: TrainingRun) -> Twin:
+        both.wait()
+        return twin_of(run)
+
+    monkeypatch.setattr(twins, "train_twin", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(wanted, [small(0), small(0)])
+    assert trained == [0] and first == second
+    assert [file.suffix for file in cache.iterdir()] == [".json"]
 
 
 def test_a_twin_of_a_closure_is_remembered_in_memory_only(cache: Path) -> None:
