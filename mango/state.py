@@ -186,17 +186,11 @@ class TensorState:
     correction: Tensor | None = None                         # of a bfloat16 parameter (`mango.master`)
     device: torch.device = CPU
     version: int = 0                                         # counts the times that something was stored in a new place
-    _measured: tuple[tuple[int, bool], int] | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Of the storages, measured when something was stored in a new place; while gradients are held, always."""
-        when = (self.version, self.correction is None)
-        if self._measured is not None and self._measured[0] == when and not self.options.release_gradients:
-            return self._measured[1]
         own = 0 if self.correction is None else self.correction.untyped_storage().nbytes()
-        self._measured = (when, own + sum(enc.nbytes for enc in self.encoded.values()))
-        return self._measured[1]
+        return own + sum(enc.nbytes for enc in self.encoded.values())
 
     def components(self) -> dict[str, int]:
         """Bytes by what they are for; scales and indices are counted apart from the values they belong to."""

@@ -121,7 +121,6 @@ class GradientStatistics:
             self.probed[:, _PROBED.index(name)] = math.log10(error) if in_log else error
         self.nbytes = sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())  # none is ever replaced
         self.steps = 0
-        self._same = self._unchanging()
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
         self._pending: dict[int, _Probe] = {}
 
@@ -348,7 +347,7 @@ class GradientStatistics:
         return torch.maximum(torch.minimum(table, _HIGHS), _LOWS)
 
     def _unchanging(self) -> dict[str, Tensor]:
-        """What of the observation the layers are, whatever training does: (L,) each."""
+        """What of the observation the layers are, whatever training does: (L,) each. Kept they would be bytes to count."""
         shapes = [matrix_shape(layer.shape) for layer in self.layers]
         rules = [{"adam": "adamw", "muon_qkv": "muon"}.get(layer.rule, layer.rule) for layer in self.layers]
         return {
@@ -368,7 +367,7 @@ class GradientStatistics:
         found = dict(zip(_PROBED, summary[:, 6:].float().unbind(1), strict=True))
         pairs = taken - (taken == self.steps).float()                               # the very first gradient has none before it
         in_force = [_in_force(layer.shape, config) for layer, config in zip(self.layers, context.configs, strict=True)]
-        return self._same | found | dict(zip(_IN_FORCE, torch.tensor(in_force).unbind(1), strict=True)) | {
+        return self._unchanging() | found | dict(zip(_IN_FORCE, torch.tensor(in_force).unbind(1), strict=True)) | {
             "grad_norm": norm.log10(),
             "grad_rms": (norm / numel.sqrt()).log10(),
             "grad_trend": (safe(norm) / safe(running)).log(),
