@@ -41,7 +41,7 @@ class Domain:
 
 SCALES = {
     "small": {
-        "vision": Domain("digits_cnn", 120),
+        "vision": Domain("mnist_vit", 120),
         "language": Domain("source_lm+batch=8", 120),
         "finetuning": Domain("shakespeare_lm+width=64+batch=8", 60, "books_lm+width=64+batch=8"),
     },
