@@ -51,6 +51,7 @@ class Args:
     steps: int = 200
     interval: int = 20                                  # optimizer steps per decision
     schedule: str = "cosine"
+    max_grad_norm: float = 0.0                          # gradients are scaled to that norm; 0: as they are
     matrix_lr_scale: float = 4.0                        # Muon's rate over AdamW's, as tuned in benchmarks/quality.py
     rates: str = "0.5,1,2,4"                            # times the workload's own: tried in full precision; one: taken as it is
     workers: int = 2
@@ -129,7 +130,8 @@ def settings_of(args: Args, rule: str, lr: float | None = None) -> EvaluationArg
     """How runs of a rule are trained; without `lr` at the workload's own."""
     scale = args.matrix_lr_scale if rule == "muon" else 1.0
     return EvaluationArgs(
-        horizon=args.steps, interval=args.interval, lr=lr, rule=rule, schedule=args.schedule, matrix_lr_scale=scale
+        horizon=args.steps, interval=args.interval, lr=lr, rule=rule, schedule=args.schedule, matrix_lr_scale=scale,
+        max_grad_norm=args.max_grad_norm or None,
     )
 
 

@@ -60,6 +60,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         lr: float | None = None,
         rule: str = "adamw",
         schedule: str = "constant",
+        max_grad_norm: float | None = None,
         workload_kwargs: Mapping[str, Any] | None = None,
         actions: str = "knobs",
         seeds: int | Sequence[int] = 16,
@@ -83,6 +84,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             "lr": lr,
             "rule": rule,
             "schedule": schedule,
+            "max_grad_norm": max_grad_norm,
             "workload_kwargs": workload_kwargs,
             "optimizer_options": optimizer_options,
         }

@@ -254,6 +254,7 @@ def name_of(policy: Any) -> str:
 
 def facts(run: TrainingRun, policy: str, run_id: str, reward: Reward) -> Attributes:
     """What all episodes of a run share."""
+    clipped = {} if run.max_grad_norm is None else {"max_grad_norm": float(run.max_grad_norm)}
     return {
         "run_id": run_id,
         "workload": run.workload_name,
@@ -269,6 +270,7 @@ def facts(run: TrainingRun, policy: str, run_id: str, reward: Reward) -> Attribu
         "schedule": run.schedule,
         "reward": reward.to_json(),
         "mango_version": mango.__version__,
+        **clipped,
     }
 
 

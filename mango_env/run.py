@@ -86,7 +86,8 @@ class TrainingRun:
     `workload`: a name, `"module:function"` or a callable `f(seed)`; `horizon`: optimizer steps (None: the workload's
     own `steps`); `interval`: optimizer steps per decision; `memory_budget`: a fraction of AdamW's state bytes, a string
     such as "64KiB", or bytes; `lr`: None takes the workload's own, or 2e-3; `schedule`: of the rate, see
-    `mango_env.schedules`; `policy`: "hold" waits for `apply`, anything else that MANGO takes decides by itself;
+    `mango_env.schedules`; `max_grad_norm`: gradients are scaled to that global l2 norm at most; `policy`: "hold" waits
+    for `apply`, anything else that MANGO takes decides by itself;
     `optimizer_options` go to MANGO.
 
     While it works, the run borrows torch's global generators (the CPU's and those of the model's devices) and gives them
@@ -108,6 +109,7 @@ class TrainingRun:
         lr: float | None = None,
         rule: str = "adamw",
         schedule: str = "constant",
+        max_grad_norm: float | None = None,
         policy: Any = "hold",
         workload_kwargs: Mapping[str, Any] | None = None,
         optimizer_options: Mapping[str, Any] | None = None,
@@ -118,6 +120,9 @@ class TrainingRun:
         self._budget, self._policy = memory_budget, policy
         self.seed, self.rule = whole_number("seed", seed, None), rule
         self.interval, self.schedule = whole_number("interval", interval), check_schedule(schedule)
+        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None for gradients as they are")
+        self.max_grad_norm = max_grad_norm
         self.workload_kwargs = dict(workload_kwargs or {})
         # Model initialisation often draws from the global generator: it starts from the run's seed as well.
         self._random = [torch.Generator().manual_seed(self.seed).get_state()]
@@ -217,6 +222,8 @@ class TrainingRun:
         under_way.losses.append(loss)
         self.optimizer.observe_loss(loss)
         self._set_rate()
+        if self.max_grad_norm is not None:
+            self.optimizer.clip_grad_norm(self.max_grad_norm)
         self.optimizer.step()
         under_way.inside += time.perf_counter() - entered
         self.t += 1
@@ -308,6 +315,7 @@ class TrainingRun:
             lr=self.lr,
             rule=self.rule,
             schedule=self.schedule,
+            max_grad_norm=self.max_grad_norm,
             policy=self._policy,
             workload_kwargs=self.workload_kwargs,
             optimizer_options=self._options,

@@ -55,6 +55,7 @@ class TwinIdentity:
     lr: float
     rule: str
     schedule: str
+    max_grad_norm: float | None
     options_json: str                                        # of the two below
     kwargs: Mapping[str, Any] = field(compare=False, repr=False)
     hyper: Mapping[str, Any] = field(compare=False, repr=False)
@@ -76,6 +77,8 @@ class TwinIdentity:
             "mango": _version(),
             "torch": torch.__version__,
         }
+        if self.max_grad_norm is not None:                   # twins from before there was clipping keep their names
+            facts["max_grad_norm"] = self.max_grad_norm
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -89,6 +92,7 @@ def twin_of(run: TrainingRun) -> Twin:
         lr=run.lr,
         rule=run.rule,
         schedule=run.schedule,
+        max_grad_norm=run.max_grad_norm,
         options_json=json.dumps([kwargs, hyper], sort_keys=True, default=repr),
         kwargs=kwargs,
         hyper=hyper,
@@ -154,6 +158,7 @@ def train_twin(identity: TwinIdentity) -> Twin:
         lr=identity.lr,
         rule=identity.rule,
         schedule=identity.schedule,
+        max_grad_norm=identity.max_grad_norm,
         policy=CompressionConfig(),
         workload_kwargs=identity.kwargs,
         optimizer_options=identity.hyper,

@@ -84,3 +84,38 @@ def test_bad_options_are_one_line(spec: str, error: str) -> None:
         make_workload("digits_mlp+widht=3", 0)
     with pytest.raises(ValueError, match="without ':'"):
         register_workload("a+b")
+
+
+def test_clipped_runs_take_clipped_steps_and_have_twins_of_their_own() -> None:
+    """SGD's step is the gradient times the rate, so its length tells whether the norm was held."""
+    options = {"momentum": 0.0}
+    free, held = (
+        TrainingRun("digits_mlp", 0, horizon=10, interval=1, rule="sgd", lr=0.1, max_grad_norm=limit, optimizer_options=options)
+        for limit in (None, 0.05)
+    )
+    lengths = []
+    for run in (free, held.fork()):
+        before = [param.detach().clone() for param in run.model.parameters()]
+        run.advance()
+        moved = sum(float((a - b.detach()).square().sum()) for a, b in zip(before, run.model.parameters(), strict=True))
+        lengths.append(moved**0.5)
+    assert lengths[1] == pytest.approx(0.1 * 0.05, rel=1e-3)
+    assert lengths[0] > 2 * lengths[1]
+    assert twin_of(free).losses != twin_of(held).losses
+
+
+def test_clipped_full_precision_is_clipped_adamw() -> None:
+    args = EvaluationArgs(horizon=30, max_grad_norm=0.5)
+    rows = evaluate(["adamw", "fixed:full"], "digits_mlp", [4.0], 1, args)
+    assert rows[1].val_loss == pytest.approx(rows[0].val_loss, rel=1e-5)
+    assert rows[0].val_loss != evaluate(["adamw"], "digits_mlp", [4.0], 1, EvaluationArgs(horizon=30))[0].val_loss
+
+
+def test_episodes_tell_of_clipping_and_impossible_limits_are_refused(tmp_path: Path) -> None:
+    for limit in (None, 1.0):
+        collect("digits_mlp", "fixed:m4v0", 1, 0.5, tmp_path, CollectArgs(horizon=10, max_grad_norm=limit))
+    found = {episode.attributes.get("max_grad_norm") for episode in TrajectoryDataset(tmp_path)}
+    assert found == {None, 1.0}
+    for limit in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="max_grad_norm=.* must be a positive number, or None"):
+            TrainingRun("digits_mlp", 0, max_grad_norm=limit)

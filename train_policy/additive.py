@@ -51,7 +51,7 @@ LARGEST_ERROR = 2.0                                      # of a stored moment th
 LEAST_SPREAD = 0.2                                       # per cent that losses differ by
 LEAST_NOISE = 0.3                                        # of that spread; without it one quiet family would decide alone
 FIT_ROUNDS = 3                                           # of the families' weights, by what is left unexplained in them
-SHARED = ("workload", "seed", "rule", "lr", "horizon", "schedule", "matrix_lr_scale", "interval")      # by runs of a group
+SHARED = ("workload", "seed", "rule", "lr", "horizon", "schedule", "max_grad_norm", "matrix_lr_scale", "interval")   # by a group
 
 
 def momentum_level(config: CompressionConfig) -> int:

@@ -14,6 +14,7 @@ import typer
 from train_policy.cli_data import data_app
 from train_policy.cli_support import (
     DEBUG_FLAG,
+    ClipOption,
     JsonOption,
     LogLevelOption,
     RuleOption,
@@ -80,6 +81,7 @@ def evaluate(
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
     rule: RuleOption = "adamw",
     schedule: ScheduleOption = "constant",
+    max_grad_norm: ClipOption = None,
     matrix_lr_scale: Annotated[float, typer.Option(help="Muon's rate over the learning rate, for the matrices it moves")] = 1.0,
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     json: JsonOption = None,
@@ -93,7 +95,8 @@ def evaluate(
     specs = [spec for given in policy for spec in given.split(",") if spec]
     specs = list(dict.fromkeys(behaviours(specs)))
     args = EvaluationArgs(
-        horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, matrix_lr_scale=matrix_lr_scale
+        horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, max_grad_norm=max_grad_norm,
+        matrix_lr_scale=matrix_lr_scale,
     )
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     rows = measure(specs, workload, sizes, draws, args, workers=workers, progress=err_console.is_terminal)

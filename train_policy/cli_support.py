@@ -27,6 +27,7 @@ JsonOption = Annotated[str | None, typer.Option("--json", help="write the result
 SeedOption = Annotated[int, typer.Option("--seed", help="everything random follows from it")]
 RuleOption = Annotated[str, typer.Option("--rule", help="base rule of the optimizer: adamw, adam, sgd, lion or muon")]
 ScheduleOption = Annotated[str, typer.Option("--schedule", help="of the learning rate: constant, linear or cosine")]
+ClipOption = Annotated[float | None, typer.Option("--max-grad-norm", help="gradients are clipped at that norm; default: not")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimizer steps of a run; default: the workload's own")]
 
 LogLevelOption = Annotated[str, typer.Option("--log-level", help="what stderr tells: debug, info, warning or error")]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from train_policy.cli_support import (
+    ClipOption,
     JsonOption,
     RuleOption,
     ScheduleOption,
@@ -47,6 +48,7 @@ def collect(
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the workload's own, or 2e-3")] = None,
     rule: RuleOption = "adamw",
     schedule: ScheduleOption = "constant",
+    max_grad_norm: ClipOption = None,
     workers: Annotated[int, typer.Option(help="processes")] = 1,
     batch: Annotated[int, typer.Option(help="runs side by side in a process, for workloads where it pays; 16 to 32")] = 1,
     json: JsonOption = None,
@@ -56,7 +58,9 @@ def collect(
     from train_policy.collect import collect as record
 
     check_rule(rule)
-    args = CollectArgs(horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, seed=seed)
+    args = CollectArgs(
+        horizon=steps, interval=interval, lr=lr, rule=rule, schedule=schedule, max_grad_norm=max_grad_norm, seed=seed
+    )
     sizes, draws = parse_list(budgets, parse_budget, "--budgets"), list(range(seed, seed + seeds))
     done = record(workload, policy, draws, sizes, root, args, workers=workers, batch=batch, progress=err_console.is_terminal)
 

@@ -145,6 +145,7 @@ def run_id(work: str | WorkloadBuilder, spec: str | Any, seed: int, budget: Budg
     """The name of a run: readable, with a hash of everything that it depends on."""
     facts: list[Any] = [workload_name(work), behaviour_name(spec), seed, str(budget), args.horizon, args.interval, args.lr]
     facts += [args.rule, args.seed, args.reward.to_json()] + [args.schedule] * (args.schedule != "constant")
+    facts += [["max_grad_norm", args.max_grad_norm]] * (args.max_grad_norm is not None)
     facts += [args.matrix_lr_scale] * (args.matrix_lr_scale != 1)
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     return f"{facts[0]}-{facts[1]}-s{seed}-b{budget}-{digest}"

@@ -72,6 +72,7 @@ class EvaluationArgs:
     lr: float | None = None                              # None: the workload's own
     rule: str = "adamw"                                  # base rule of the policies' runs and of full precision
     schedule: str = "constant"                           # of the learning rate
+    max_grad_norm: float | None = None                   # gradients are scaled to that norm at most; None: as they are
     matrix_lr_scale: float = 1.0                         # Muon's rate over `lr`, for the matrices that it moves
     reward: Reward = dataclasses.field(default_factory=Reward)
 
@@ -179,7 +180,7 @@ def start_run(work: str | WorkloadBuilder, seed: int, budget: Budget, policy: An
     """One training run under the settings that all share, before its first step."""
     return TrainingRun(
         work, seed, horizon=args.horizon, interval=args.interval, memory_budget=budget, lr=args.lr, rule=args.rule,
-        schedule=args.schedule, policy=policy,
+        schedule=args.schedule, max_grad_norm=args.max_grad_norm, policy=policy,
         optimizer_options={"matrix_lr_scale": args.matrix_lr_scale} if args.matrix_lr_scale != 1 else None,
     )  # fmt: skip
 
@@ -215,6 +216,8 @@ def _adamw(work: str | WorkloadBuilder, seed: int, args: EvaluationArgs) -> Eval
             optimizer.zero_grad()
             loss = run.workload.loss()
             loss.backward()  # type: ignore[no-untyped-call]
+            if args.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
             optimizer.step()
             losses.append(float(loss.detach()))
     val_loss = run.evaluate()["val_loss"]

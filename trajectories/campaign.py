@@ -82,6 +82,7 @@ class Campaign:
     seeds: int = 2**31                                       # seeds that runs are drawn from: runs of one seed share their twin
     runs: int = 1000
     reward: Reward = Reward()
+    max_grad_norm: float | None = None                       # of all runs
 
     def __post_init__(self) -> None:
         for name in ("families", "behaviours", "rules", "schedules", "horizon", "interval", "budgets"):
@@ -110,6 +111,8 @@ class Campaign:
     def digest(self) -> str:
         """Names the ranges; how many runs are drawn from them is not part of it."""
         facts = asdict(self) | {"runs": None}
+        if self.max_grad_norm is None:                       # campaigns from before there was clipping keep their digest
+            del facts["max_grad_norm"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()[:12]
 
     def job(self, number: int) -> Job:
@@ -124,7 +127,7 @@ class Campaign:
         args = CollectArgs(
             horizon=_one_of(generator, self.horizon), interval=_one_of(generator, self.interval), rule=rule,
             schedule=_weighted(generator, self.schedules), matrix_lr_scale=self.rules[rule].matrix_lr_scale,
-            reward=self.reward, seed=int(generator.integers(2**31)),
+            max_grad_norm=self.max_grad_norm, reward=self.reward, seed=int(generator.integers(2**31)),
         )  # fmt: skip
         factor, budget = self.lr_factor.draw(generator), _one_of(generator, self.budgets)
         own, least = facts_of(workload, rule)
