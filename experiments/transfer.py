@@ -38,6 +38,7 @@ KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_pea
         "val_loss_full", "status", "within_budget", "step_time_ratio", "horizon", "message")  # fmt: skip
 UNLIMITED = 4.0                                         # times AdamW's state: what a fixed rung runs under
 TUNING_SEED = 1000                                      # of the runs that choose a rate
+NOISE = "m16v16"                                        # what it loses, two runs lose that differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Args:
     rules: str = "adamw,muon"
     budgets: str = "0.03125,0.0625,0.125,0.25"          # of AdamW's state bytes
     policies: str = "universal,water-filling,sensitivity,error-constrained"        # what `mango evaluate` takes
-    fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m6v0,m8v0,m6v4,m8v4,m6v8"               # rungs; dearer ones fit no budget
+    fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m6v0,m8v0,m6v4,m8v4,m6v8,m16v16"        # rungs; the last fits no budget, see NOISE
     seeds: int = 3
     steps: int = 200
     interval: int = 20                                  # optimizer steps per decision
@@ -165,6 +166,7 @@ def cells(runs: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
                     continue
                 limit = at[0]["budget_bytes"]
                 rungs = _fitting(mine, seeds, limit)
+                floor = _fitting(mine, seeds, 2**62).get(NOISE)
                 best = min(rungs, key=lambda name: fmean(rungs[name].values()), default=None)
                 for policy in sorted({run["policy"] for run in at}):
                     gaps = {run["seed"]: gap(run) for run in at if run["policy"] == policy}
@@ -175,7 +177,7 @@ def cells(runs: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
                         "failed": len(gaps) - len(known), "gap_percent": fmean(known.values()) if known else None,
                         "fixed": {name: fmean(one.values()) for name, one in rungs.items()},
                         "best_fixed": best, "best_fixed_gap_percent": fmean(rungs[best].values()) if best else None,
-                        "difference": fmean(paired) if paired else None,
+                        "difference": fmean(paired) if paired else None, "noise": fmean(floor.values()) if floor else None,
                         "within_budget": all(run["within_budget"] for run in at if run["policy"] == policy),
                     })  # fmt: skip
     return found
@@ -196,6 +198,7 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `above` counts only what is lost: a loss below full precision's is as good as equal. `best_fixed` is another rung in every
     cell, chosen in hindsight; `one_fixed` the one rung that loses least over all cells, which is what a user could choose.
+    `noise_above` is what runs lose by that measure which hold 16 bits: what a difference has to exceed to mean anything.
     """
     found = []
     for size in dict.fromkeys(row["budget"] for row in rows):
@@ -207,6 +210,7 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             cases = [row for row in here if row["policy"] == policy]
             differences = [row["difference"] for row in cases]
             low, high = bootstrap_interval(differences) if len(cases) > 1 else (differences[0], differences[0])
+            floor = [row["noise"] for row in cases if row["noise"] is not None]
             worst = max(cases, key=lambda row: row["difference"])
             found.append({
                 "budget": size, "policy": policy, "cases": len(cases),
@@ -214,6 +218,7 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "best_fixed_above": _above(row["best_fixed_gap_percent"] for row in cases),
                 "one_fixed": one, "one_fixed_above": _above(row["fixed"][one] for row in cases) if one else None,
                 "difference": fmean(differences), "difference_low": low, "difference_high": high,
+                "noise_above": _above(floor) if floor else None,
                 "worst": worst["difference"], "worst_case": f"{worst['workload']} {worst['rule']}",
                 "worst_gap_percent": max(row["gap_percent"] for row in cases), "failed": sum(row["failed"] for row in cases),
             })  # fmt: skip
@@ -225,11 +230,12 @@ def _above(gaps: Iterable[float]) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["budget    policy              loss above full %   one fixed rung for all    best in hindsight    worst gap"]
+    lines = ["budget    policy              loss above full %   one fixed rung for all    best in hindsight   worst gap    noise"]
     for row in rows:
         one = f"{row['one_fixed']} {row['one_fixed_above']:.2f}" if row["one_fixed"] else "none"
         best, worst = f"{row['best_fixed_above']:18.2f}", f"{row['worst_gap_percent']:+10.2f}"
-        lines.append(f"{row['budget']:<9g} {row['policy']:18s} {row['above']:17.2f}   {one:>22s}   {best}   {worst}")
+        noise = "" if row["noise_above"] is None else f"{row['noise_above']:9.2f}"
+        lines.append(f"{row['budget']:<9g} {row['policy']:18s} {row['above']:17.2f}   {one:>22s}   {best}   {worst}{noise}")
     return "\n".join(lines)
 
 

@@ -117,5 +117,5 @@ def test_episodes_tell_of_clipping_and_impossible_limits_are_refused(tmp_path: P
     found = {episode.attributes.get("max_grad_norm") for episode in TrajectoryDataset(tmp_path)}
     assert found == {None, 1.0}
     for limit in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="max_grad_norm=.* must be a positive number, or None"):
+        with pytest.raises(ValueError, match=r"max_grad_norm=.* must be a positive number, or None"):
             TrainingRun("digits_mlp", 0, max_grad_norm=limit)
