@@ -71,6 +71,8 @@ class MANGO(Budgeted):
             have its own.
         momentum: of "sgd" and "muon"; None: 0.9.
         matrix_lr_scale: of Muon's matrices, whose learning rate is `lr` times this: updates are of AdamW's size at 1.
+        match_lr: Muon's matrices whose first moment is stored in 2 bits or not at all move at 1.2 or 1.9 times the rate (at
+            momentum 0.9), to get about as far as they do in full precision: `mango.rules.muon_pace`.
         master_bits: of bfloat16 parameters. 16: rounded by chance; 24, 32: with a correction of 8 or 16 bits beside them.
         page_to: where state goes that exceeds `memory_budget`: a folder (as a mapped file without a name), or "pinned" (host
             memory, with parameters on a CUDA device). The biggest layers go first. None: nowhere, it is compressed to fit.
@@ -129,6 +131,7 @@ class MANGO(Budgeted):
         feedback_threshold: float = 0.0,
         momentum_correction: bool = False,
         exact_every: int = 10,
+        match_lr: bool = True,
     ) -> None:
         check_positive(policy_update_freq=policy_update_freq, min_numel=min_numel)
         if master_bits not in MASTER_BITS:
@@ -141,7 +144,7 @@ class MANGO(Budgeted):
         self.targets: list[Target] = []
         super().__init__(params, defaults)
         self.policy_update_freq, self.total_steps, self.min_numel = policy_update_freq, total_steps, min_numel
-        modes = (feedback_threshold, momentum_correction, exact_every)
+        modes = (feedback_threshold, momentum_correction, exact_every, match_lr)
         self.options = StorageOptions(error_feedback, residual_bits, release_gradients, compressor, *modes)
         self.seed, self.master_bits, self.strict = seed, master_bits, strict
         if strict and self._device().type == "cpu":

@@ -67,6 +67,7 @@ class StorageOptions:
     feedback_threshold: float = 0.0                          # norm of the residual over the gradient's from which it is fed in
     momentum_correction: bool = False                        # accumulate velocities, not gradients, until they are sent
     exact_every: int = 10                                    # steps from one exact gradient to the next, in "marina"
+    match_lr: bool = True                                    # Muon's rate follows the format, see `mango.rules.muon_pace`
 
     def __post_init__(self) -> None:
         mode = self.error_feedback
@@ -397,6 +398,8 @@ class TensorState:
             self._refresh(grad, key)
         exp_avg = self._exp_avg()
         exp_avg_sq = self.encoded["exp_avg_sq"].decode() if rule.variance else None
+        whole = not self.options.match_lr or self.config.rank or "velocity" in self.encoded  # a direction that lost nothing
+        pace = 1.0 if whole else rule.pace(hyper.momentum, self.config.momentum_bits)
         if not self.has_momentum:
             hyper = hyper.without_momentum()
         if hyper.weight_decay and not rule.decoupled:
@@ -413,7 +416,7 @@ class TensorState:
             moved = rule.direction(grad, exp_avg, exp_avg_sq, hyper, self.step)
         if hyper.weight_decay and rule.decoupled:
             param.mul_(1 - hyper.lr * hyper.weight_decay)
-        param.add_(moved, alpha=-hyper.lr)
+        param.add_(moved, alpha=-hyper.lr * pace)
         dense = self._outside(exp_avg, exp_avg_sq)
         self._store_moments(exp_avg, exp_avg_sq, key)
         return dense

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from mango import MANGO, CompressionConfig
 from mango.config import FULL
-from mango.rules import NOT_FOR_MUON, Hyper, check_hyper, orthogonal, rule_for
+from mango.rules import NOT_FOR_MUON, Hyper, check_hyper, muon_pace, orthogonal, rule_for
 from tests.rungs import M2V0, M4V0, M4V4, M8V8
 
 SHAPES: list[tuple[int, ...]] = [(40, 48), (96, 16), (8, 6, 5, 5), (1300,), (12,)]
@@ -261,3 +261,53 @@ def test_every_rule_trains_at_every_precision(rule: str, config: CompressionConf
         loss_of(weight).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert float(loss_of(weight.detach())) < 0.66 * float(y.square().mean())
+
+
+def moved_by(config: CompressionConfig, steps: int = 1, **options: Any) -> list[Tensor]:
+    """The updates of one matrix under Muon."""
+    params, found = params_of([(48, 64)]), []
+    optimizer = MANGO(params, lr=0.01, rule="muon", policy=config, error_feedback=False, **options)
+    for step in range(steps):
+        before = params[0].detach().clone()
+        feed(params, step)
+        optimizer.step()
+        found.append(params[0].detach() - before)
+    return found
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.95])
+@pytest.mark.parametrize("bits", [0, 2, 4, 8])
+def test_muons_rate_follows_its_format(momentum: float, bits: int) -> None:
+    config = CompressionConfig(momentum_bits=bits, variance_bits=0)
+    (paced,), (plain,) = (moved_by(config, momentum=momentum, match_lr=matched) for matched in (True, False))
+    torch.testing.assert_close(paced, muon_pace(momentum, bits) * plain, atol=1e-6, rtol=1e-4)
+
+
+def test_the_rate_stays_where_nothing_of_the_direction_was_lost() -> None:
+    for config in (FULL, CompressionConfig(momentum_bits=16), CompressionConfig(rank=4)):
+        for paced, plain in zip(moved_by(config, 3), moved_by(config, 3, match_lr=False), strict=True):
+            assert torch.equal(paced, plain)
+    start, still = params_of([(48, 64)])[0], CompressionConfig(momentum_bits=0)
+    decayed = (moved_by(still, match_lr=matched, weight_decay=0.5)[0] for matched in (True, False))
+    paced, plain = (one + 0.005 * start.detach() for one in decayed)               # decay goes by the rate, not by the pace
+    torch.testing.assert_close(paced, muon_pace(0.9, 0) * plain, atol=1e-6, rtol=1e-4)
+
+
+def test_a_paced_update_goes_about_as_far_as_full_precision_where_gradients_are_noisy() -> None:
+    """A fixed direction under noise fifteen times its norm: without a moment Muon falls far behind, with its pace less so."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(32, 2, generator=generator) @ torch.randn(2, 48, generator=generator)
+    signal /= signal.norm()
+    noises = [torch.randn(32, 48, generator=generator) * 15 / math.sqrt(32 * 48) for _ in range(200)]
+
+    def way(config: CompressionConfig, **options: Any) -> float:
+        param = Parameter(torch.zeros(32, 48))
+        optimizer = MANGO([param], lr=0.01, rule="muon", policy=config, error_feedback=False, **options)
+        for noisy in noises:
+            param.grad = -(signal + noisy)
+            optimizer.step()
+        return float((param.detach() * signal).sum())
+
+    none = CompressionConfig(momentum_bits=0)
+    full, plain, paced = way(FULL), way(none, match_lr=False), way(none)
+    assert plain < 0.5 * full and 1.8 * plain < paced < 1.1 * full
