@@ -102,7 +102,7 @@ def measure(args: Args) -> dict[str, dict[str, Any]]:
                  for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
     copied = copy_bandwidth(args.rounds)
     alive: dict[str, Optimizer] = {}
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, (dtype, build) in optimizers().items():
         params = [torch.zeros(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes]
         for param, gradient in zip(params, gradients[dtype], strict=True):
