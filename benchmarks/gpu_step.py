@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import median_error, parse, stamp, write
 from mango import MANGO, CompressionConfig
 
 FLOOR_BYTES = 22                                        # per parameter: 2 x (2 + 4 + 4) read and written, 2 of gradient read
@@ -94,7 +94,7 @@ def moved_bytes(optimizer: Optimizer, params: list[Tensor]) -> int:
     return 2 * values + values + 2 * 2 * values
 
 
-def measure(args: Args) -> dict[str, dict[str, float]]:
+def measure(args: Args) -> dict[str, dict[str, Any]]:
     """Per optimizer: ms per step, ratios to both AdamW and the floor, share of a copy's bandwidth, memory."""
     shapes = shapes_of(args.params, args.width)
     generator = torch.Generator("cuda").manual_seed(args.seed)
@@ -102,7 +102,7 @@ def measure(args: Args) -> dict[str, dict[str, float]]:
                  for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
     copied = copy_bandwidth(args.rounds)
     alive: dict[str, Optimizer] = {}
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, (dtype, build) in optimizers().items():
         params = [torch.zeros(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes]
         for param, gradient in zip(params, gradients[dtype], strict=True):
@@ -134,7 +134,8 @@ def measure(args: Args) -> dict[str, dict[str, float]]:
         row["bandwidth_share"] = row["moved_bytes_per_param"] * count / middle / copied
         row["ratio_floor"] = middle * copied / (FLOOR_BYTES * count)
         for kind in ("float32", "bfloat16"):
-            row[f"ratio_{kind}"] = median(a / b for a, b in zip(times[name], times[f"adamw_fused_{kind}"], strict=True))
+            ratios = [a / b for a, b in zip(times[name], times[f"adamw_fused_{kind}"], strict=True)]
+            row |= {f"ratio_{kind}": median(ratios), f"ratio_{kind}_se": median_error(ratios)}
     return rows | {"copy": {"bytes_per_ms": copied, "parameters": count}}
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from train_policy.cli_support import plain, write_json
 from train_policy.provenance import about
 
@@ -35,6 +37,14 @@ def stamp(args: Any = None) -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     hardware = told["hardware"] | {"load": load, "system": f"{platform.system()} {platform.machine()}"}
     return told | {"args": {} if args is None else plain(asdict(args)), "hardware": hardware}
+
+
+def median_error(values: Sequence[float], resamples: int = 2000) -> float | None:
+    """The standard error of the median of `values`, by the bootstrap from a fixed seed; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    return float(np.median(np.asarray(values, float)[picks], axis=1).std(ddof=1))
 
 
 def earlier_runs(path: Path, kind: str = "runs") -> list[dict[str, Any]]:

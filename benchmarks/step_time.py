@@ -4,7 +4,8 @@
     python -m benchmarks.step_time --peers 1 --out benchmarks/results/step_time_peers.json        # with the extra [baselines]
 
 Two sets of tensors: the shapes of a 10 M-parameter transformer, and 60 small tensors. All optimizers live in one process
-and take turns; each turn's order is reversed every other round; ratios are medians over rounds of one round's times.
+and take turns; each turn's order is reversed every other round; ratios are medians over rounds of one round's times, with the
+bootstrap standard error of that median (`_se`).
 """
 
 import time
@@ -12,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import median_error, parse, stamp, write
 from mango import MANGO, CompressionConfig
 
 
@@ -75,7 +77,7 @@ def optimizers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
     }
 
 
-def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, float]]:
+def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, Any]]:
     """Milliseconds per step, first step, ratios to fused and foreach AdamW, and state bytes per parameter, by optimizer."""
     generator = torch.Generator().manual_seed(args.seed)
     gradients = [(torch.randn(s, generator=generator) * 1e-3).to(args.device) for s in shapes]
@@ -95,14 +97,20 @@ def measure(shapes: list[tuple[int, ...]], args: Args) -> dict[str, dict[str, fl
     for number in range(args.rounds):
         for name in list(alive)[:: -1 if number % 2 else 1]:
             rounds[name].append(timed(alive[name], args.steps, args.device))
+
+    def ratios(name: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(rounds[name], rounds[other], strict=True)]
+
     return {
         name: {
             "ms": 1e3 * median(times),
             "ms_min": 1e3 * min(times),
             "ms_max": 1e3 * max(times),
             "first_ms": 1e3 * first[name],
-            "ratio_fused": median(a / b for a, b in zip(times, rounds["adamw_fused"], strict=True)),
-            "ratio_foreach": median(a / b for a, b in zip(times, rounds["adamw_foreach"], strict=True)),
+            "ratio_fused": median(ratios(name, "adamw_fused")),
+            "ratio_fused_se": median_error(ratios(name, "adamw_fused")),
+            "ratio_foreach": median(ratios(name, "adamw_foreach")),
+            "ratio_foreach_se": median_error(ratios(name, "adamw_foreach")),
             "state_bytes_per_param": bpp[name],
         }
         for name, times in rounds.items()
@@ -140,10 +148,10 @@ def train(args: Args) -> Path:
     sets = {"transformer_10M": transformer_shapes(), "small_60": small_shapes()}
     results = {name: measure(shapes, args) for name, shapes in sets.items()}
     for name, rows in results.items():
-        print(f"\n{name:18s} {'ms':>8s} {'x fused':>8s} {'x foreach':>9s} {'first ms':>9s} {'B/param':>8s}")
+        print(f"\n{name:18s} {'ms':>8s} {'x fused':>8s} {'s.e.':>6s} {'x foreach':>9s} {'first ms':>9s} {'B/param':>8s}")
         for optimizer, row in rows.items():
-            print(f"{optimizer:18s} {row['ms']:8.2f} {row['ratio_fused']:8.2f} {row['ratio_foreach']:9.2f}"
-                  f" {row['first_ms']:9.1f} {row['state_bytes_per_param']:8.3f}")  # fmt: skip
+            print(f"{optimizer:18s} {row['ms']:8.2f} {row['ratio_fused']:8.2f} {row['ratio_fused_se'] or 0:6.3f}"
+                  f" {row['ratio_foreach']:9.2f} {row['first_ms']:9.1f} {row['state_bytes_per_param']:8.3f}")  # fmt: skip
     flat = {name: [{"optimizer": optimizer} | row for optimizer, row in rows.items()] for name, rows in results.items()}
     return write(args.out, stamp(args) | flat)
 

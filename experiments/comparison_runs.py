@@ -12,6 +12,7 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.memory import clear, resident
+from benchmarks.record import median_error
 from experiments.baseline_optimizers import BASELINES, build_baseline, find
 from experiments.energy import metered
 from experiments.run_modes import saved_activations, scaler_of, train_step
@@ -214,6 +215,7 @@ def cost(task: Task) -> dict[str, Any]:
     return facts | {
         "status": "ok", "peak_bytes_per_param": peak / numel, "median_bytes_per_param": median(held) / numel,
         "activation_bytes_per_param": saved.nbytes / numel, "step_time_ratio": median(ratios),
+        "step_time_ratio_se": median_error(ratios),
         "joules_per_step": energy.per_step(steps),
     }  # fmt: skip
 

@@ -126,6 +126,7 @@ SHOWN: dict[str, tuple[str, str]] = {                    # of the tables for rea
     "state_bytes_per_param": ("state, B/param", ".3f"),
     "peak_bytes_per_param": ("peak, B/param", ".2f"),
     "step_time_ratio": ("step time / AdamW's", ".2f"),
+    "step_time_ratio_se": ("s.e. of it", ".3f"),
     "steps_to_target": ("steps to target", ".0f"),
     "lr": ("rate", ".2g"),
     "status": ("status", "s"),

@@ -4,7 +4,8 @@
 
 Trains a character transformer with Muon on its hidden matrices and AdamW elsewhere. After every step the momentum goes
 through a storage format and back; the update itself is taken before storing, as a compressed optimizer would. Runs are
-appended to the results file one by one and never repeated. `--shadow` trains once in full precision and lets each
+appended to the results file one by one and not done twice; `--repeat` does those that are there again, and a row then says at
+which commit and with what held-out loss. `--shadow` trains once in full precision and lets each
 format follow the same gradients, which tells how far its update turns away from the exact one.
 
 A format is transforms joined by "+", the last one being the code of the values, then options after "/":
@@ -57,6 +58,7 @@ class Args:
     batch: int = 16                                     # windows of 64 characters
     val_windows: int = 768                              # windows of 64 characters
     shadow: bool = False                                # compare updates instead of training each
+    repeat: bool = False                                # do runs that are there again, to compare
     out: Path = Path("benchmarks/results/muon_formats.json")
 
 
@@ -406,8 +408,10 @@ def train(args: Args) -> Path:
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     runs, shadows = known.get("runs", []), known.get("shadows", [])
 
+    head = stamp(args)
+
     def save() -> None:
-        write(args.out, stamp(args) | {"runs": runs, "shadows": shadows})
+        write(args.out, known | head | {"runs": runs, "shadows": shadows})
 
     names = args.formats.split(",")
     for data in args.data.split(","):
@@ -420,10 +424,14 @@ def train(args: Args) -> Path:
                 for name in names:
                     key = {"format": name, "data": data, "lr": lr, "adam_lr": args.adam_lr, "seed": seed, "steps": args.steps,
                            "width": args.width}  # fmt: skip
-                    if find_run(runs, key):
+                    before = find_run(runs, key)
+                    if before and not args.repeat:
                         continue
                     row = run(args, name, data, lr, seed)
-                    runs.append(row)
+                    if before:
+                        before["repeated"] = {"commit": head["commit"], "val_loss": row["val_loss"]}
+                    else:
+                        runs.append(row)
                     save()
                     print(f"{data:11s} {name:44s} lr {lr:<7g} seed {seed}  {row['momentum_bytes_per_param']:6.3f} B"
                           f"  total {row['state_bytes_per_param']:6.3f} B  val {row['val_loss']:.4f}", flush=True)  # fmt: skip

@@ -144,7 +144,7 @@ def test_f6_the_seed_repeats_and_the_rate_is_its_own(args: comparison_runs.Args)
 
 def test_g4_g9_time_and_memory_are_measured(args: comparison_runs.Args) -> None:
     found = comparison_runs.cost(comparison_runs.Task("vision", "sgd", 0, 1e-2, args))
-    assert found["status"] == "ok" and found["step_time_ratio"] > 0
+    assert found["status"] == "ok" and found["step_time_ratio"] > 0 and found["step_time_ratio_se"] > 0
     assert found["peak_bytes_per_param"] >= found["median_bytes_per_param"]
     assert found["activation_bytes_per_param"] > 0
     assert isinstance(found["joules_per_step"], float) or found["joules_per_step"].startswith("unavailable: ")

@@ -1,6 +1,7 @@
 """PPO from given weights: it learns, keeps what it should keep, repeats with its seed, and survives Ctrl-C."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import ppo_stability
+from experiments.ppo_stability import Args
 from mango.networks import PolicyNetwork
 from mango.policies import RandomPolicy
 from mango.policy_file import freeze, load_policy
@@ -62,6 +65,17 @@ def test_c8_ppo_beats_random_by_three_standard_errors_over_five_seeds(tmp_path: 
         gains.append(np.mean([returns_of(policy, s) - returns_of(RandomPolicy(seed=s, persistence=0.0), s) for s in fresh]))
     error = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
     assert np.mean(gains) > 3 * error, gains
+
+
+def test_c22_the_spread_of_final_returns_over_seeds_is_published_and_none_is_nan(tmp_path: Path) -> None:
+    args = Args(workload="tests.tiny_workload:tiny", steps=8, interval=2, budget=1.2, seeds=2, judged=1, timesteps=64,
+                out=tmp_path / "ppo.json")  # fmt: skip
+    found = json.loads(ppo_stability.train(args).read_text())
+    finals = [run["final_return"] for run in found["runs"]]
+    assert found["summary"]["final_return_sd"] == pytest.approx(np.std(finals, ddof=1)) and found["summary"]["not_finite"] == 0
+    assert found["summary"]["final_return_mean"] == pytest.approx(np.mean(finals)) and len(set(finals)) == 2
+    shipped = json.loads((Path(__file__).parent.parent / "benchmarks/results/ppo_stability.json").read_text())["summary"]
+    assert shipped["seeds"] >= 5 and shipped["not_finite"] == 0 and shipped["final_return_sd"] > 0
 
 
 def test_c11_what_passes_the_gate_after_fine_tuning_earns_at_least_what_the_clone_earns(tmp_path: Path) -> None:

@@ -150,7 +150,18 @@ def test_h5_results_carry_command_commit_hardware_and_versions() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         stamp = content.get("about", content)
-        assert {"command", "commit", "hardware", "versions", "date"} <= set(stamp), path
+        assert {"command", "commit", "hardware", "versions", "date"} <= set(stamp) and stamp["commit"], path
+
+
+def test_h5_the_docker_image_is_made_of_what_is_there() -> None:
+    """No image can be built in a test: its base is a Python that is supported, and its steps are targets of the Makefile."""
+    lines = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith(("#", " "))]
+    base = dict(steps)["FROM"]
+    assert base.startswith("python:3.11") and ">=3.11" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    made = re.findall(r'make"?,? "?([a-z-]+)', "\n".join(" ".join(step) for step in steps if step[0] in ("RUN", "CMD")))
+    assert made == ["setup", "test"] and set(made) <= set(targets)
 
 
 def test_h8_readme_licence_and_citation_agree() -> None:

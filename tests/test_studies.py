@@ -4,12 +4,15 @@ import doctest
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import step_time
 from benchmarks.memory import widest
 from benchmarks.quality import config_of
+from benchmarks.record import median_error
 from experiments import headroom
 from experiments.adarankgrad import AdaRankGrad, hidden_matrices
 from experiments.bf16_master import bound
@@ -28,6 +31,22 @@ def test_examples_of_the_studies_run_as_they_are_printed(name: str) -> None:
 def test_the_widest_model_fits_and_the_next_one_does_not(cap: int) -> None:
     found = widest(float, cap, 16, 2048)
     assert found % 16 == 0 and found <= cap and (found + 16 > cap or found == 2032)
+
+
+def test_g9_a_median_has_the_standard_error_that_the_median_of_fresh_samples_has() -> None:
+    rng = np.random.default_rng(0)
+    true = np.median(rng.normal(1.0, 0.1, (4000, 41)), axis=1).std()
+    told = [median_error(rng.normal(1.0, 0.1, 41).tolist()) or 0.0 for _ in range(40)]
+    assert np.mean(told) == pytest.approx(true, rel=0.2)             # the bootstrap of a median is a little too wide
+    assert median_error([1.0]) is None and median_error([2.0, 2.0]) == 0.0
+
+
+def test_g9_every_ratio_of_step_times_has_its_standard_error() -> None:
+    found = step_time.measure([(64, 64), (64,)], step_time.Args(rounds=5, steps=1))
+    assert found["adamw_fused"]["ratio_fused"] == 1.0 and found["adamw_fused"]["ratio_fused_se"] == 0.0
+    for name, row in found.items():
+        others = [other for other in ("fused", "foreach") if name != f"adamw_{other}"]
+        assert all(row[f"ratio_{other}"] > 0 and row[f"ratio_{other}_se"] > 0 for other in others), name
 
 
 def test_noise_stays_within_its_bound_95_times_in_100() -> None:

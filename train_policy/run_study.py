@@ -234,7 +234,7 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     measured = mango_losses(args, method, seed, goal) if method.budgeted else torch_losses(args, method, seed, goal)
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
-    if not losses or not math.isfinite(measured["val_loss"]):
+    if not losses or not math.isfinite(losses[-1]) or not math.isfinite(measured["val_loss"]):
         raise RuntimeError(f"{method.name} diverged on {workload_name(args.workload)} with seed {seed} after {len(losses)} steps")
     return {
         "policy": method.name,
@@ -276,8 +276,8 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
         decisions.append([config.name for config in run.optimizer.applied])
         with watch.running():
             interval = run.advance()
-        if interval.error is not None:
-            raise RuntimeError(interval.error)
+        if interval.diverged:
+            raise RuntimeError(interval.error or f"{method.name} diverged: the loss is {interval.last_loss:.3g} at step {run.t}")
         losses += interval.losses.tolist()
         held.append(interval.state_bytes_peak)
         log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
