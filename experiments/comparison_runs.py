@@ -179,7 +179,7 @@ def run(task: Task) -> dict[str, Any]:
     return task.facts | {"val_loss": None} | measures | {
         "status": status, "message": message, "state_bytes_peak": stored, "adamw_bytes": 8 * numel, "parameters": numel,
         "seconds": seconds, "steps_per_second": len(losses) / seconds, "points_every": size,
-        "loss_curve": [fmean(losses[i : i + size]) for i in range(0, len(losses), size)],
+        "loss_curve": [round(fmean(losses[i : i + size]), 5) for i in range(0, len(losses), size)],
     }  # fmt: skip
 
 
