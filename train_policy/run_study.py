@@ -47,6 +47,12 @@ class Method:
         return self.torch_rule is None
 
 
+def check_mode(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    return mode
+
+
 @dataclass(frozen=True, slots=True)
 class Args:
     """What a study runs."""
@@ -55,7 +61,7 @@ class Args:
     optimizer: str = "adamw"                             # the method of a single study, see `methods`
     workload: str | WorkloadBuilder = "digits_mlp"       # a name of WORKLOADS, module:function or a callable f(seed)
     policy: str = "demo"                                 # the frozen policy of mango_learned: a shipped name or a path
-    budget: float | str = 0.25                           # of MANGO: a fraction of AdamW's state bytes, a size, or bytes
+    budget: float | int | str = 0.25                     # of MANGO: a fraction of AdamW's state bytes, a size, or bytes
     steps: int | None = None                             # optimizer steps; None: the workload's own
     epochs: float | None = None                          # instead of steps, where the workload knows its epoch
     batch_size: int | None = None                        # None: the workload's own
@@ -70,13 +76,12 @@ class Args:
     device: str = "cpu"                                  # where the model is
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")
+        check_mode(self.mode)
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
-        for name in ("steps", "epochs", "batch_size", "learning_rate", "evaluate_every"):
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "interval", "evaluate_every"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive")
         if self.metric != TRAINING_LOSS and self.target is None:
@@ -130,7 +135,7 @@ def methods(policy: str = "demo") -> dict[str, Method]:
         Method("adamw", "torch.optim.AdamW", torch_rule="adamw"),
         Method("sgd", "torch.optim.SGD, momentum 0.9", torch_rule="sgd"),
         Method("mango_full", "MANGO at full precision, no limit", policy=CompressionConfig(), options=free),
-        Method("mango_8bit", "MANGO, 8-bit moments everywhere", policy=eight),
+        Method("mango_8bit", "MANGO, 8-bit moments everywhere, no limit", policy=eight, options=free),
         Method("mango_adaptive", "MANGO, the phase heuristic", policy="adaptive"),
         Method("mango_scheduled", "MANGO, from full precision down the ladder", policy="scheduled"),
         Method("mango_water_filling", "MANGO, least error per byte", policy="water-filling"),
@@ -349,6 +354,15 @@ def train(workload: Workload, optimizer: torch.optim.Optimizer, steps: int) -> l
 
 def chunks(values: Sequence[float], size: int) -> list[Sequence[float]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def check_study(args: Args) -> None:
+    """Raise what would keep a study from training: an unknown optimizer or policy, a workload that cannot be made."""
+    horizon(args, args.seed)
+    make_workload(args.workload, args.seed, **workload_options(args))
+    for method in chosen(args):
+        if method.budgeted:
+            training_run(args, method, args.seed)
 
 
 def study(args: Args, report: Report = print, failed: Report | None = None) -> tuple[list[Row], list[Row]]:
