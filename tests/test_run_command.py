@@ -13,7 +13,8 @@ from mango_env.workloads import make_workload
 from tests.test_large_models import data
 from tests.test_workloads import made
 from train_policy.cli import app
-from train_policy.run_study import Args, Goal, methods, run_method
+from train_policy.run_study import Args, Goal, run_method
+from train_policy.study_methods import methods
 from train_policy.throughput import Watch, check_device, peak_bytes, rates, start_peak
 
 __all__ = ["data", "made"]                                                     # fixtures

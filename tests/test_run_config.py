@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from train_policy.cli import app
 from train_policy.cli_run import Surroundings, configured
-from train_policy.run_study import MODES, Args, methods
+from train_policy.run_study import MODES, Args
+from train_policy.study_methods import methods
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,8 @@ def test_j1_what_is_printed_is_read_back_and_options_are_above_it() -> None:
     Path("mine.yml").write_text(mango_run("single", *words, "--print-config").stdout)
     assert not Path("out").exists()
     args, around = configured("single", "mine.yml", {})
-    assert args == Args("single", "mango_adaptive", budget=40_000, epochs=1.0, seed=3) and around == Surroundings(output_dir="out")
+    assert args == Args("single", "mango_adaptive", budget=40_000, epochs=1.0, seed=3)
+    assert around == Surroundings(output_dir="out")
     assert type(args.budget) is int                      # bytes; 40000.0 would be a fraction
     mango_run("single", "--config", "mine.yml", "--steps", "2", "--seed", "4")
     content = json.loads(Path("out/study.json").read_text())

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,17 @@ from typing import Any
 import torch
 
 from mango.config import LADDER, CompressionConfig
-from mango_env.run import DEFAULT_LR, TrainingRun
+from mango_env.run import TrainingRun
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
 from train_policy.seeding import borrowed_rng
+from train_policy.state_bytes import state_nbytes
+from train_policy.study_methods import COMPARED, Method, Start, find_method, methods
 from train_policy.throughput import Watch, peak_bytes, rates, start_peak
 
 MODES = ("single", "comparative", "ablation")
 TRAINING_LOSS = "loss"                                   # the metric that needs no evaluation
 LOWER_IS_BETTER = ("loss", "perplexity", "bits")         # parts of the names of such metrics
-COMPARED = ("adam", "adamw", "sgd", "mango_adaptive", "mango_learned")
-SGD_LR_FACTOR = 25.0                                     # SGD with momentum wants a larger rate than Adam's 2e-3: 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One way to train: a torch optimizer by name, or MANGO with a policy and options."""
-
-    name: str
-    what: str
-    torch_rule: str | None = None                        # "adam", "adamw", "sgd"; None: MANGO
-    policy: Any = None                                   # as MANGO takes it; None: water-filling
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def budgeted(self) -> bool:
-        return self.torch_rule is None
 
 
 def check_mode(mode: str) -> str:
@@ -125,29 +110,6 @@ Row = dict[str, Any]
 Report = Callable[[str], None]
 
 
-def methods(policy: str = "demo") -> dict[str, Method]:
-    """Every method that a single study can run, by name."""
-    eight = CompressionConfig(momentum_bits=8, variance_bits=8)
-    coarse = replace(eight, gradient_bits=4)
-    free: dict[str, Any] = {"memory_budget": None}
-    table = [
-        Method("adam", "torch.optim.Adam", torch_rule="adam"),
-        Method("adamw", "torch.optim.AdamW", torch_rule="adamw"),
-        Method("sgd", "torch.optim.SGD, momentum 0.9", torch_rule="sgd"),
-        Method("mango_full", "MANGO at full precision, no limit", policy=CompressionConfig(), options=free),
-        Method("mango_8bit", "MANGO, 8-bit moments everywhere, no limit", policy=eight, options=free),
-        Method("mango_adaptive", "MANGO, the phase heuristic", policy="adaptive"),
-        Method("mango_scheduled", "MANGO, from full precision down the ladder", policy="scheduled"),
-        Method("mango_water_filling", "MANGO, least error per byte", policy="water-filling"),
-        Method("mango_random", "MANGO, random rungs", policy="random"),
-        Method("mango_learned", f"MANGO, the frozen policy {policy!r}", policy=policy),
-        Method("mango_g4", "4-bit gradients with error feedback, 8-bit moments, no limit", policy=coarse, options=free),
-        Method("mango_g4_no_ef", "4-bit gradients without error feedback, 8-bit moments, no limit", policy=coarse,
-               options={"error_feedback": False} | free),
-    ]  # fmt: skip
-    return {method.name: method for method in table}
-
-
 def chosen(args: Args) -> list[Method]:
     """The methods of a study, in the order of its table."""
     table = methods(args.policy)
@@ -155,9 +117,7 @@ def chosen(args: Args) -> list[Method]:
         return [table[name] for name in COMPARED]
     if args.mode == "ablation":
         return ablation(args, table)
-    if args.optimizer not in table:
-        raise ValueError(f"unknown optimizer {args.optimizer!r}; known: {', '.join(table)}")
-    return [table[args.optimizer]]
+    return [find_method(args.optimizer, args.policy)]
 
 
 def ablation(args: Args, table: Mapping[str, Method]) -> list[Method]:
@@ -236,7 +196,7 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     started = time.perf_counter()
     start_peak(torch.device(args.device))
     goal = Goal(args.target, args.metric, args.evaluate_every)
-    measured = mango_losses(args, method, seed, goal) if method.budgeted else torch_losses(args, method, seed, goal)
+    measured = mango_losses(args, method, seed, goal) if method.start is None else other_losses(args, method.start, seed, goal)
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
     if not losses or not math.isfinite(measured["val_loss"]):
@@ -301,55 +261,35 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
     }
 
 
-def torch_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
-    """Train with a torch optimizer on the same workload, seed and batches."""
+def other_losses(args: Args, start: Start, seed: int, goal: Goal) -> Row:
+    """Train with another optimizer on the same workload, seed and batches."""
     steps = horizon(args, seed)
     watch = Watch(torch.device(args.device))
     with borrowed_rng(seed):                             # as TrainingRun does: what the model draws repeats with the seed
         workload = make_workload(builder(args), seed, **workload_options(args))
-        optimizer = torch_optimizer(method, workload, args.learning_rate)
-        losses: list[float] = []
         left = steps or workload.steps
+        trainer = start(workload, args.learning_rate, left)
+        losses: list[float] = []
+        held = 0
         measure = partial(held_out, workload, workload.evaluate, args.metric)
         while left > 0:
             part = min(args.interval, left)
             with watch.running():
-                losses += [float(loss) for loss in train(workload, optimizer, part)]
+                losses += [float(loss) for loss in [trainer.step(workload.loss) for _ in range(part)]]
             left -= part
-            log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, len(losses), sum(losses[-part:]) / part)
+            held = max(held, state_nbytes(trainer.optimizer))
+            log.debug("seed %d, step %d: loss %.4f", seed, len(losses), sum(losses[-part:]) / part)
             goal.look(losses, watch.seconds, measure, left == 0)
         measures = measure()
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return {
         "losses": losses,
         **measures,
         **rates(workload, len(losses), watch.seconds),
         "budget_bytes": None,
-        "state_bytes_peak": sum(t.numel() * t.element_size() for t in tensors if t.dim()),
+        "state_bytes_peak": held,
         "adamw_bytes": 8 * sum(p.numel() for p in workload.model.parameters()),
         "decisions": [],
     }
-
-
-def torch_optimizer(method: Method, workload: Workload, learning_rate: float | None) -> torch.optim.Optimizer:
-    params = list(workload.model.parameters())
-    lr = float(getattr(workload, "lr", DEFAULT_LR)) if learning_rate is None else learning_rate
-    if method.torch_rule == "sgd":
-        return torch.optim.SGD(params, lr=lr if learning_rate is not None else SGD_LR_FACTOR * lr, momentum=0.9)
-    rule = torch.optim.AdamW if method.torch_rule == "adamw" else torch.optim.Adam
-    return rule(params, lr=lr, weight_decay=0)
-
-
-def train(workload: Workload, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
-    """So many steps; the losses stay where they are, so that a GPU is not waited for at each."""
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = workload.loss()
-        loss.backward()                                  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
 
 
 def chunks(values: Sequence[float], size: int) -> list[Sequence[float]]:
