@@ -61,6 +61,7 @@ def run(
     target: Annotated[float | None, typer.Option(help="report the first step at which --metric reaches it")] = None,
     metric: Annotated[str, typer.Option(help="loss (training's), or held out: val_loss, val_accuracy, bleu, ...")] = "loss",
     evaluate_every: Annotated[int, typer.Option(help="optimizer steps between looks at a held-out --metric")] = 100,
+    online: Annotated[bool | None, typer.Option(help="mango_learned learns by PPO meanwhile; default: in a single study")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda with --gpu-memory-fraction, else cpu")] = None,
     gpu_memory_fraction: Annotated[float | None, typer.Option(help="share of the GPU's memory that may be used")] = None,
     log_level: LogLevelOption = "info",

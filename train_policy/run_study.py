@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from mango.config import LADDER, CompressionConfig
+from mango.policies import POLICIES
 from mango_env.run import TrainingRun
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
+from train_policy.online import OnlineLearner
 from train_policy.seeding import borrowed_rng
 from train_policy.state_bytes import state_nbytes
-from train_policy.study_methods import COMPARED, Method, Start, find_method, methods
+from train_policy.study_methods import COMPARED, LEARNED, Method, Start, find_method, methods
 from train_policy.throughput import Watch, peak_bytes, rates, start_peak
 
 MODES = ("single", "comparative", "ablation")
@@ -59,6 +61,7 @@ class Args:
     metric: str = TRAINING_LOSS                          # or a held-out measure: val_loss, val_accuracy, bleu, ...
     evaluate_every: int = 100                            # optimizer steps between looks at a held-out metric
     device: str = "cpu"                                  # where the model is
+    online: bool | None = None                           # mango_learned learns by PPO meanwhile; None: as `learns_online` has it
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -69,6 +72,8 @@ class Args:
         for name in ("steps", "epochs", "batch_size", "learning_rate", "interval", "evaluate_every"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive")
+        if self.online and self.mode == "single" and self.optimizer != LEARNED:
+            raise ValueError(f"online: {self.optimizer!r} has no policy that could learn; {LEARNED} has")
         if self.metric != TRAINING_LOSS and self.target is None:
             raise ValueError(f"metric={self.metric!r} says what a target is of; give the target too")
 
@@ -145,6 +150,17 @@ def largest_rung(args: Args) -> CompressionConfig:
             continue
         return rung
     return LADDER[0]
+
+
+def learns_online(args: Args, method: Method) -> bool:
+    """Whether the policy of a method learns during its run: in a single study unless told otherwise, elsewhere if asked.
+
+    Where methods are compared, mango_learned is the frozen file; where it is trained with alone, it goes on learning. A
+    heuristic has nothing that could learn.
+    """
+    if method.name != LEARNED:
+        return False
+    return args.mode == "single" and method.policy not in POLICIES if args.online is None else args.online
 
 
 def training_run(args: Args, method: Method, seed: int) -> TrainingRun:
@@ -231,22 +247,30 @@ def held_out(workload: Workload, evaluate: Callable[[], dict[str, float]], metri
 
 def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
     """Train with MANGO: losses per step, held-out measures, bytes, and the config of every layer in every interval."""
-    run = training_run(args, method, seed)
+    learns = learns_online(args, method)
+    run = training_run(args, replace(method, policy="hold") if learns else method, seed)
+    learner = OnlineLearner(method.policy, run) if learns else None
     watch = Watch(torch.device(args.device))
     losses: list[float] = []
     decisions: list[list[str]] = []
     held: list[int] = []
     measure = partial(held_out, run.workload, run.evaluate, args.metric)
     while not run.done:
-        decisions.append([config.name for config in run.optimizer.applied])
         with watch.running():
+            if learner is not None:
+                learner.decide()
+            decisions.append([config.name for config in run.optimizer.applied])
             interval = run.advance()
+            if learner is not None:
+                learner.learn(interval)
         if interval.error is not None:
             raise RuntimeError(interval.error)
         losses += interval.losses.tolist()
         held.append(interval.state_bytes_peak)
         log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
         goal.look(losses, watch.seconds, measure, run.done)
+    if learner is not None:
+        learner.finish()
     limited = method.options.get("memory_budget", args.budget) is not None
     return {
         "losses": losses,
@@ -258,6 +282,7 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
         "layers": [layer.name for layer in run.layers],
         "decisions": decisions,
         "state_bytes": held,
+        **({} if learner is None else {"ppo_stats": learner.stats}),
     }
 
 
@@ -302,7 +327,9 @@ def check_study(args: Args) -> None:
     make_workload(args.workload, args.seed, **workload_options(args))
     for method in chosen(args):
         if method.budgeted:
-            training_run(args, method, args.seed)
+            run = training_run(args, method, args.seed)
+            if learns_online(args, method):
+                OnlineLearner(method.policy, run)
 
 
 def study(args: Args, report: Report = print, failed: Report | None = None) -> tuple[list[Row], list[Row]]:

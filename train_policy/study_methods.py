@@ -12,7 +12,8 @@ from mango_env.run import DEFAULT_LR
 from mango_env.workloads import Workload
 
 SGD_LR_FACTOR = 25.0                                     # SGD with momentum wants a larger rate than Adam's 2e-3: 0.05
-COMPARED = ("adam", "adamw", "sgd", "mango_adaptive", "mango_learned")
+LEARNED = "mango_learned"
+COMPARED = ("adam", "adamw", "sgd", "mango_adaptive", LEARNED)
 
 
 class Trainer(Protocol):
@@ -102,7 +103,7 @@ def methods(policy: str = "demo") -> dict[str, Method]:
         Method("mango_scheduled", "MANGO, from full precision down the ladder", policy="scheduled"),
         Method("mango_water_filling", "MANGO, least error per byte", policy="water-filling"),
         Method("mango_random", "MANGO, random rungs", policy="random"),
-        Method("mango_learned", f"MANGO, the frozen policy {policy!r}", policy=policy),
+        Method(LEARNED, f"MANGO, the frozen policy {policy!r}", policy=policy),
         Method("mango_g4", "4-bit gradients with error feedback, 8-bit moments, no limit", policy=coarse, options=free),
         Method("mango_g4_no_ef", "4-bit gradients without error feedback, 8-bit moments, no limit", policy=coarse,
                options={"error_feedback": False} | free),
