@@ -369,7 +369,7 @@ class PPOTrainer:
         entropy = net.entropy(heads).mean()
         self.optimizer.zero_grad()
         loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
-        (loss * batch.weight).backward()  # type: ignore[no-untyped-call]
+        (loss * batch.weight).backward()
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), self.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():
