@@ -60,7 +60,7 @@ def run(
     seed: SeedOption = 0,
     target: Annotated[float | None, typer.Option(help="report the first step at which --metric reaches it")] = None,
     metric: Annotated[str, typer.Option(help="loss (training's), or held out: val_loss, val_accuracy, bleu, ...")] = "loss",
-    evaluate_every: Annotated[int, typer.Option(help="optimizer steps between looks at a held-out --metric")] = 100,
+    evaluate_every: Annotated[int | None, typer.Option(help="steps between held-out measures; default: the end")] = None,
     online: Annotated[bool | None, typer.Option(help="mango_learned learns by PPO meanwhile; default: in a single study")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda with --gpu-memory-fraction, else cpu")] = None,
     gpu_memory_fraction: Annotated[float | None, typer.Option(help="share of the GPU's memory that may be used")] = None,
@@ -93,7 +93,8 @@ def run(
     lines = summary(rows)
 
     def tables() -> None:
-        optional = ("val_accuracy", "val_perplexity", "samples_per_second", "tokens_per_second", "seconds_to_target")
+        optional = ("best_val_loss", "val_accuracy", "best_val_accuracy", "val_perplexity",
+                    "samples_per_second", "tokens_per_second", "seconds_to_target")  # fmt: skip
         known = [name for name in optional if any(line[name] is not None and line[name] == line[name] for line in lines)]
         columns = ("policy", "val_loss", "val_loss_se", *known, "state_bytes_peak", "adamw_bytes", "seconds", "what")
         if lines:

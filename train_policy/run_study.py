@@ -23,15 +23,15 @@ from mango.policies import POLICIES
 from mango_env.run import TrainingRun
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
+from train_policy.held_out import GOAL_EVERY, TRAINING_LOSS, Goal, Looks, held_out
 from train_policy.online import OnlineLearner
 from train_policy.seeding import borrowed_rng
 from train_policy.state_bytes import state_nbytes
 from train_policy.study_methods import COMPARED, LEARNED, Method, Start, find_method, methods
 from train_policy.throughput import Watch, peak_bytes, rates, start_peak
 
+BEST = ("val_loss", "val_accuracy")                      # measures whose best look is in the tables
 MODES = ("single", "comparative", "ablation")
-TRAINING_LOSS = "loss"                                   # the metric that needs no evaluation
-LOWER_IS_BETTER = ("loss", "perplexity", "bits")         # parts of the names of such metrics
 
 
 def check_mode(mode: str) -> str:
@@ -59,7 +59,7 @@ class Args:
     seed: int = 0                                        # the first of them
     target: float | None = None                          # a goal: the first step at which `metric` reaches it
     metric: str = TRAINING_LOSS                          # or a held-out measure: val_loss, val_accuracy, bleu, ...
-    evaluate_every: int = 100                            # optimizer steps between looks at a held-out metric
+    evaluate_every: int | None = None                    # steps between held-out measures; None: the end, 100 for a goal
     device: str = "cpu"                                  # where the model is
     online: bool | None = None                           # mango_learned learns by PPO meanwhile; None: as `learns_online` has it
 
@@ -76,38 +76,6 @@ class Args:
             raise ValueError(f"online: {self.optimizer!r} has no policy that could learn; {LEARNED} has")
         if self.metric != TRAINING_LOSS and self.target is None:
             raise ValueError(f"metric={self.metric!r} says what a target is of; give the target too")
-
-
-@dataclass(slots=True)
-class Goal:
-    """When a run first reaches a target, in optimizer steps and in seconds of training."""
-
-    target: float | None
-    metric: str
-    every: int
-    steps: int | None = None
-    seconds: float | None = None
-    looked: int = 0                                      # the step of the last look
-
-    def look(self, losses: Sequence[float], seconds: float, measure: Callable[[], Mapping[str, float]], last: bool) -> None:
-        """After `len(losses)` steps: has it been reached? A held-out metric is measured when it is due, and at the last step."""
-        step = len(losses)
-        if self.target is None or self.steps is not None:
-            return
-        if self.metric == TRAINING_LOSS:
-            found = next((i + 1 for i in range(self.looked, step) if losses[i] <= self.target), None)
-            self.looked = step
-        elif last or step - self.looked >= self.every:
-            measures, self.looked = measure(), step
-            if self.metric not in measures:
-                raise ValueError(f"unknown metric {self.metric!r}; this workload has {TRAINING_LOSS}, {', '.join(measures)}")
-            value, falls = measures[self.metric], any(part in self.metric for part in LOWER_IS_BETTER)
-            found = step if (value <= self.target if falls else value >= self.target) else None
-            log.debug("step %d: %s %.4f", step, self.metric, value)
-        else:
-            found = None
-        if found is not None:
-            self.steps, self.seconds = found, seconds
 
 
 log = logging.getLogger("mango.study")
@@ -211,8 +179,12 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     """Train once and measure. Raises what the training raises."""
     started = time.perf_counter()
     start_peak(torch.device(args.device))
-    goal = Goal(args.target, args.metric, args.evaluate_every)
-    measured = mango_losses(args, method, seed, goal) if method.start is None else other_losses(args, method.start, seed, goal)
+    goal = Goal(args.target, args.metric)
+    looks = Looks(args.evaluate_every or (GOAL_EVERY if args.metric != TRAINING_LOSS else None))
+    if method.start is None:
+        measured = mango_losses(args, method, seed, goal, looks)
+    else:
+        measured = other_losses(args, method.start, seed, goal, looks)
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
     if not losses or not math.isfinite(measured["val_loss"]):
@@ -222,6 +194,8 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
         "workload": workload_name(args.workload),
         "seed": seed,
         **measured,
+        **looks.best(),
+        "evaluations": looks.found,
         "steps": len(losses),
         "best_train_loss": min(losses),
         "steps_to_target": goal.steps,
@@ -232,20 +206,7 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     }
 
 
-def held_out(workload: Workload, evaluate: Callable[[], dict[str, float]], metric: str) -> dict[str, float]:
-    """A workload's measures, and BLEU of a translator where that is asked for: it takes longer than all the others."""
-    measures = {name: float(value) for name, value in evaluate().items()}
-    if metric == "bleu":
-        from mango_env.workloads.multi30k import Translation
-        from train_policy.bleu import bleu
-
-        if not isinstance(workload, Translation):
-            raise ValueError("metric='bleu' is of translations: take the workload multi30k_translation")
-        measures["bleu"] = bleu(workload)
-    return measures
-
-
-def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
+def mango_losses(args: Args, method: Method, seed: int, goal: Goal, looks: Looks) -> Row:
     """Train with MANGO: losses per step, held-out measures, bytes, and the config of every layer in every interval."""
     learns = learns_online(args, method)
     run = training_run(args, replace(method, policy="hold") if learns else method, seed)
@@ -254,6 +215,7 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
     losses: list[float] = []
     decisions: list[list[str]] = []
     held: list[int] = []
+    measures: Mapping[str, float] | None = None
     measure = partial(held_out, run.workload, run.evaluate, args.metric)
     while not run.done:
         with watch.running():
@@ -268,13 +230,14 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
         losses += interval.losses.tolist()
         held.append(interval.state_bytes_peak)
         log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
-        goal.look(losses, watch.seconds, measure, run.done)
+        measures = looks.at(len(losses), run.done, measure)
+        goal.look(losses, watch.seconds, measures)
     if learner is not None:
         learner.finish()
     limited = method.options.get("memory_budget", args.budget) is not None
     return {
         "losses": losses,
-        **measure(),
+        **(measures or {}),
         **rates(run.workload, len(losses), watch.seconds),
         "budget_bytes": run.budget if limited else None,
         "state_bytes_peak": max(held),
@@ -286,7 +249,7 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
     }
 
 
-def other_losses(args: Args, start: Start, seed: int, goal: Goal) -> Row:
+def other_losses(args: Args, start: Start, seed: int, goal: Goal, looks: Looks) -> Row:
     """Train with another optimizer on the same workload, seed and batches."""
     steps = horizon(args, seed)
     watch = Watch(torch.device(args.device))
@@ -295,7 +258,7 @@ def other_losses(args: Args, start: Start, seed: int, goal: Goal) -> Row:
         left = steps or workload.steps
         trainer = start(workload, args.learning_rate, left)
         losses: list[float] = []
-        held = 0
+        held, measures = 0, None
         measure = partial(held_out, workload, workload.evaluate, args.metric)
         while left > 0:
             part = min(args.interval, left)
@@ -304,11 +267,11 @@ def other_losses(args: Args, start: Start, seed: int, goal: Goal) -> Row:
             left -= part
             held = max(held, state_nbytes(trainer.optimizer))
             log.debug("seed %d, step %d: loss %.4f", seed, len(losses), sum(losses[-part:]) / part)
-            goal.look(losses, watch.seconds, measure, left == 0)
-        measures = measure()
+            measures = looks.at(len(losses), left == 0, measure)
+            goal.look(losses, watch.seconds, measures)
     return {
         "losses": losses,
-        **measures,
+        **(measures or {}),
         **rates(workload, len(losses), watch.seconds),
         "budget_bytes": None,
         "state_bytes_peak": held,
@@ -357,6 +320,8 @@ def study(args: Args, report: Report = print, failed: Report | None = None) -> t
 def told(row: Row) -> str:
     """A row in one line: held-out measures, state, speed, peak."""
     parts = [f"{name} {row[name]:.4f}" for name in ("val_loss", "val_accuracy", "val_perplexity", "bleu") if name in row]
+    if row["best_val_loss"] is not None:
+        parts.append(f"best {row['best_val_loss']:.4f} at step {row['best_val_loss_step']}")
     parts.append(f"{row['state_bytes_peak']:,} bytes of state")
     for what in ("samples", "tokens"):
         if row[f"{what}_per_second"] is not None:
@@ -380,7 +345,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "val_loss": mean, "val_loss_se": spread / math.sqrt(len(mine)),
             **{m: sum(r.get(m, math.nan) for r in mine) / len(mine) for m in ("val_accuracy", "val_perplexity")},
             "state_bytes_peak": max(r["state_bytes_peak"] for r in mine), "adamw_bytes": mine[0]["adamw_bytes"],
-            **{m: mean_of(mine, m) for m in ("seconds", "samples_per_second", "tokens_per_second", "seconds_to_target")},
+            **{m: mean_of(mine, m) for m in ("seconds", "samples_per_second", "tokens_per_second", "seconds_to_target",
+                                            *(f"best_{name}" for name in BEST))},
             "peak_memory_bytes": max(r["peak_memory_bytes"] for r in mine),
         })  # fmt: skip
     return lines
@@ -388,8 +354,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def mean_of(rows: Sequence[Row], name: str) -> float | None:
     """The mean of a column; None where a row lacks it."""
-    values = [row[name] for row in rows]
-    return None if None in values else sum(values) / len(values)
+    values = [row.get(name) for row in rows]
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else sum(known) / len(known)
 
 
 def run_study(
