@@ -38,6 +38,9 @@ class Surroundings:
     log_level: str = "info"                              # what stderr tells
     data_dir: str | None = None                          # folder of data sets, in place of MANGO_DATA
     output_dir: str = "runs/study"                       # where study.json and study.csv go
+    trace_every: int | None = None                       # optimizer steps per JSON of times and memory, in output_dir/trace
+    trace_files: int = 20                                # of these JSONs per run; older ones are deleted
+    profile: str | None = None                           # folder of Chrome traces, three steps of each run
 
 
 def run(
@@ -67,6 +70,9 @@ def run(
     log_level: LogLevelOption = "info",
     data_dir: Annotated[Path | None, typer.Option(help="folder of data sets, in place of MANGO_DATA")] = None,
     output_dir: Annotated[Path, typer.Option(help="where study.json and study.csv go")] = Path("runs/study"),
+    trace_every: Annotated[int | None, typer.Option(help="steps per file of times and memory in OUTPUT_DIR/trace")] = None,
+    trace_files: Annotated[int, typer.Option(help="of these files per run; older ones are deleted")] = 20,
+    profile: Annotated[Path | None, typer.Option(help="folder of Chrome traces, three steps of each run")] = None,
     json: JsonOption = None,
 ) -> None:
     """Train one optimizer, five against each other, or MANGO with components switched off. Writes JSON and CSV."""
@@ -78,7 +84,9 @@ def run(
     report = at_level(around.log_level, "mango.study")
     from train_policy.run_study import check_study, run_study, summary
     from train_policy.throughput import check_device
+    from train_policy.trace import Tracing
 
+    tracing = Tracing(around.trace_every, around.trace_files, around.profile)
     check_rule(args.rule)
     check_device(args.device, around.gpu_memory_fraction)
     if validate_config:
@@ -89,7 +97,7 @@ def run(
     if print_config or validate_config:
         return
     folder = Path(around.output_dir)
-    path, rows, failures = run_study(args, folder, report=report, failed=say)
+    path, rows, failures = run_study(args, folder, report=report, failed=say, tracing=tracing)
     lines = summary(rows)
 
     def tables() -> None:

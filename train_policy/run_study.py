@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from mango.config import LADDER, CompressionConfig
 from mango.policies import POLICIES
@@ -29,6 +30,7 @@ from train_policy.seeding import borrowed_rng
 from train_policy.state_bytes import state_nbytes
 from train_policy.study_methods import COMPARED, LEARNED, Method, Start, find_method, methods
 from train_policy.throughput import Watch, peak_bytes, rates, start_peak
+from train_policy.trace import UNTRACED, Tracer, Tracing
 
 BEST = ("val_loss", "val_accuracy")                      # measures whose best look is in the tables
 MODES = ("single", "comparative", "ablation")
@@ -81,6 +83,7 @@ class Args:
 log = logging.getLogger("mango.study")
 Row = dict[str, Any]
 Report = Callable[[str], None]
+Watched = Callable[[Optimizer], Tracer]
 
 
 def chosen(args: Args) -> list[Method]:
@@ -175,16 +178,20 @@ def horizon(args: Args, seed: int) -> int | None:
     return max(1, round(args.epochs * int(per_epoch)))
 
 
-def run_method(args: Args, method: Method, seed: int) -> Row:
-    """Train once and measure. Raises what the training raises."""
+def run_method(args: Args, method: Method, seed: int, tracing: Tracing = UNTRACED, folder: Path = Path()) -> Row:
+    """Train once and measure; traces of its steps go into `folder`. Raises what the training raises."""
     started = time.perf_counter()
     start_peak(torch.device(args.device))
     goal = Goal(args.target, args.metric)
     looks = Looks(args.evaluate_every or (GOAL_EVERY if args.metric != TRAINING_LOSS else None))
+
+    def watched(optimizer: Optimizer) -> Tracer:
+        return Tracer(optimizer, tracing, folder / "trace" / f"{method.name}-seed{seed}")
+
     if method.start is None:
-        measured = mango_losses(args, method, seed, goal, looks)
+        measured = mango_losses(args, method, seed, goal, looks, watched)
     else:
-        measured = other_losses(args, method.start, seed, goal, looks)
+        measured = other_losses(args, method.start, seed, goal, looks, watched)
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
     if not losses or not math.isfinite(measured["val_loss"]):
@@ -206,7 +213,7 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     }
 
 
-def mango_losses(args: Args, method: Method, seed: int, goal: Goal, looks: Looks) -> Row:
+def mango_losses(args: Args, method: Method, seed: int, goal: Goal, looks: Looks, watched: Watched) -> Row:
     """Train with MANGO: losses per step, held-out measures, bytes, and the config of every layer in every interval."""
     learns = learns_online(args, method)
     run = training_run(args, replace(method, policy="hold") if learns else method, seed)
@@ -217,21 +224,23 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal, looks: Looks
     held: list[int] = []
     measures: Mapping[str, float] | None = None
     measure = partial(held_out, run.workload, run.evaluate, args.metric)
-    while not run.done:
-        with watch.running():
-            if learner is not None:
-                learner.decide()
-            decisions.append([config.name for config in run.optimizer.applied])
-            interval = run.advance()
-            if learner is not None:
-                learner.learn(interval)
-        if interval.error is not None:
-            raise RuntimeError(interval.error)
-        losses += interval.losses.tolist()
-        held.append(interval.state_bytes_peak)
-        log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
-        measures = looks.at(len(losses), run.done, measure)
-        goal.look(losses, watch.seconds, measures)
+    with watched(run.optimizer) as tracer:
+        while not run.done:
+            with watch.running():
+                with tracer.deciding():
+                    if learner is not None:
+                        learner.decide()
+                decisions.append([config.name for config in run.optimizer.applied])
+                interval = run.advance()
+                if learner is not None:
+                    learner.learn(interval)
+            if interval.error is not None:
+                raise RuntimeError(interval.error)
+            losses += interval.losses.tolist()
+            held.append(interval.state_bytes_peak)
+            log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
+            measures = looks.at(len(losses), run.done, measure)
+            goal.look(losses, watch.seconds, measures)
     if learner is not None:
         learner.finish()
     limited = method.options.get("memory_budget", args.budget) is not None
@@ -249,7 +258,7 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal, looks: Looks
     }
 
 
-def other_losses(args: Args, start: Start, seed: int, goal: Goal, looks: Looks) -> Row:
+def other_losses(args: Args, start: Start, seed: int, goal: Goal, looks: Looks, watched: Watched) -> Row:
     """Train with another optimizer on the same workload, seed and batches."""
     steps = horizon(args, seed)
     watch = Watch(torch.device(args.device))
@@ -260,15 +269,17 @@ def other_losses(args: Args, start: Start, seed: int, goal: Goal, looks: Looks) 
         losses: list[float] = []
         held, measures = 0, None
         measure = partial(held_out, workload, workload.evaluate, args.metric)
-        while left > 0:
-            part = min(args.interval, left)
-            with watch.running():
-                losses += [float(loss) for loss in [trainer.step(workload.loss) for _ in range(part)]]
-            left -= part
-            held = max(held, state_nbytes(trainer.optimizer))
-            log.debug("seed %d, step %d: loss %.4f", seed, len(losses), sum(losses[-part:]) / part)
-            measures = looks.at(len(losses), left == 0, measure)
-            goal.look(losses, watch.seconds, measures)
+        with watched(trainer.optimizer) as tracer:
+            while left > 0:
+                part = min(args.interval, left)
+                with watch.running():
+                    tracer.mark()
+                    losses += [float(loss) for loss in [trainer.step(workload.loss) for _ in range(part)]]
+                left -= part
+                held = max(held, state_nbytes(trainer.optimizer))
+                log.debug("seed %d, step %d: loss %.4f", seed, len(losses), sum(losses[-part:]) / part)
+                measures = looks.at(len(losses), left == 0, measure)
+                goal.look(losses, watch.seconds, measures)
     return {
         "losses": losses,
         **(measures or {}),
@@ -295,7 +306,9 @@ def check_study(args: Args) -> None:
                 OnlineLearner(method.policy, run)
 
 
-def study(args: Args, report: Report = print, failed: Report | None = None) -> tuple[list[Row], list[Row]]:
+def study(
+    args: Args, report: Report = print, failed: Report | None = None, tracing: Tracing = UNTRACED, folder: Path = Path()
+) -> tuple[list[Row], list[Row]]:
     """Run every method on every seed: the rows of those that finished, and of those that failed with their error.
 
     `report` is told each result, `failed` (None: the same) each failure; what happens inside a run goes to the logger
@@ -307,7 +320,7 @@ def study(args: Args, report: Report = print, failed: Report | None = None) -> t
     for method in chosen(args):
         for seed in range(args.seed, args.seed + args.seeds):
             try:
-                rows.append({**run_method(args, method, seed), "what": method.what})
+                rows.append({**run_method(args, method, seed, tracing, folder), "what": method.what})
             except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
                 reason = " ".join(str(error).split())
                 failures.append({"policy": method.name, "workload": workload_name(args.workload), "seed": seed, "error": reason})
@@ -360,14 +373,14 @@ def mean_of(rows: Sequence[Row], name: str) -> float | None:
 
 
 def run_study(
-    args: Args, folder: Path, report: Report = print, failed: Report | None = None
+    args: Args, folder: Path, report: Report = print, failed: Report | None = None, tracing: Tracing = UNTRACED
 ) -> tuple[Path, list[Row], list[Row]]:
-    """Run a study and write `study.json` and `study.csv` into `folder`: the JSON's path, the rows, the failures."""
+    """Run a study and write `study.json`, `study.csv` (and traces) into `folder`: the JSON's path, the rows, the failures."""
     from train_policy.cli_support import write_json
     from train_policy.provenance import about
     from train_policy.report_data import write_csv
 
-    rows, failures = study(args, report, failed)
+    rows, failures = study(args, report, failed, tracing, folder)
     path = folder / "study.json"
     facts = {"kind": "study", "about": about(), "args": {**asdict(args), "workload": workload_name(args.workload)}}
     write_json(path, {**facts, "failures": failures, "summary": summary(rows), "rows": rows})
