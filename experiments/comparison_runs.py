@@ -13,10 +13,10 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.memory import clear, resident
 from experiments.baseline_optimizers import BASELINES, build_baseline, find
-from experiments.energy import metered
 from experiments.run_modes import saved_activations, scaler_of, train_step
 from experiments.tuning import tune
 from mango import MANGO
+from mango_env.energy import metered
 from mango_env.run import DIVERGED
 from mango_env.schedules import rate_factor
 from mango_env.workloads import Workload, make_workload
