@@ -54,12 +54,17 @@ def demo(
     seed: SeedOption = 0,
     workers: Annotated[int, typer.Option(help="processes")] = 2,
     quick: Annotated[bool, typer.Option(help="the same stages, far too short to learn: a test of the machinery")] = False,
+    compare_all: Annotated[bool, typer.Option("--compare-all", help="the comparison alone, with the shipped policy")] = False,
+    rank: Annotated[int | None, typer.Option(help="add a low-rank config to the comparison: 1, 4, 8, 32 or 128")] = None,
+    bits_p: Annotated[int | None, typer.Option(help="bits of its projector: 16, 8 or 4; default: 8, with NF4 4")] = None,
+    bits_q: Annotated[int | None, typer.Option(help="bits of its first moment in the subspace, likewise")] = None,
+    use_nf4: Annotated[bool, typer.Option("--use-nf4", help="its factors in 4-bit NormalFloat")] = False,
     json: JsonOption = None,
 ) -> None:
     """The whole way: record runs, learn in stages, freeze, plug in, compare. At most 10 minutes on 2 cores."""
     from train_policy.demo import DemoArgs, run_demo
 
-    result = run_demo(DemoArgs(out=out, seed=seed, workers=workers, quick=quick))
+    result = run_demo(DemoArgs(out, seed, workers, quick, compare_all, rank, bits_p, bits_q, use_nf4))
     emit(json, result, lambda: None)
     if result["failures"]:
         raise typer.Exit(PART_FAILED)
