@@ -1,4 +1,7 @@
-"""The door to the studies: `python main.py --mode comparative --epochs 100 --batch-size 128` is `mango run comparative ...`."""
+"""The door to the studies: `python main.py --mode comparative --epochs 100 --batch-size 128` is `mango run comparative ...`.
+
+Beside the methods of `mango run`, `--mode single --optimizer NAME` knows the baselines of experiments/baseline_optimizers.py.
+"""
 
 import argparse
 import sys
@@ -11,6 +14,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog="All other options: mango run --help", allow_abbrev=False)
     parser.add_argument("--mode", required=True, choices=("single", "comparative", "ablation"))
     mode, rest = parser.parse_known_args()
+    if mode.mode == "single":
+        import experiments.study_baselines  # noqa: F401 - makes the baselines known
+
     sys.argv = [sys.argv[0], "run", mode.mode, *rest]
     mango()
 

@@ -29,7 +29,8 @@ from mango_env.run import DEFAULT_LR
 from mango_env.workloads import make_workload
 from train_policy import run_study
 from train_policy.cli_support import one_line
-from train_policy.run_study import Method, run_method
+from train_policy.run_study import run_method
+from train_policy.study_methods import Method
 
 TUNING_SEED = 1000
 Row = dict[str, Any]

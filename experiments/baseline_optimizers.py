@@ -34,11 +34,11 @@ from experiments.galore import GaLore
 from experiments.graddrop import GradDrop
 from experiments.joined import Joined
 from experiments.run_modes import scaler_of, train_step
-from experiments.state_bytes import state_nbytes
 from mango import MANGO, CompressionConfig
 from mango.critical import SGD_C, Adam_C, Adam_CM
 from mango_env.workloads.initialise import build
 from mango_env.workloads.text import VOCABULARY, Transformer
+from train_policy.state_bytes import state_nbytes
 
 Named = Sequence[tuple[str, Parameter]]
 Builder = Callable[..., Optimizer]                       # (named parameters, lr, **options)

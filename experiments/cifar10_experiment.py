@@ -21,7 +21,8 @@ from mango_env.workloads.cifar10 import (
 )
 from mango_env.workloads.classification import Classification
 from mango_env.workloads.data import ImageData, data_file
-from train_policy.run_study import Args, methods, run_method
+from train_policy.run_study import Args, run_method
+from train_policy.study_methods import methods
 
 
 class CIFAR10Experiment:

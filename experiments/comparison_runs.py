@@ -14,16 +14,16 @@ from torch.optim import AdamW, Optimizer
 from benchmarks.memory import clear, resident
 from benchmarks.record import median_error
 from experiments.baseline_optimizers import BASELINES, build_baseline, find
-from experiments.energy import metered
 from experiments.run_modes import saved_activations, scaler_of, train_step
-from experiments.state_bytes import state_nbytes
 from experiments.tuning import tune
 from mango import MANGO
+from mango_env.energy import metered
 from mango_env.run import DIVERGED
 from mango_env.schedules import rate_factor
 from mango_env.workloads import Workload, make_workload
 from train_policy.cli_support import one_line
 from train_policy.seeding import borrowed_rng
+from train_policy.state_bytes import state_nbytes
 
 TUNING_SEED = 1000
 POINTS = 100                                             # of a loss curve, at most
@@ -100,8 +100,8 @@ def method_of(name: str) -> tuple[str, dict[str, Any]]:
     return name, {"memory_budget": float(budget)} if at else {}
 
 
-def optimizer_of(method: str, workload: Workload, lr: float, steps: int) -> Optimizer:
-    """The method's optimizer for a workload's model; methods that plan ahead are told how long the run is."""
+def optimizer_of(method: str, workload: Workload, lr: float | None, steps: int) -> Optimizer:
+    """The method's optimizer for a workload's model (`lr` None: as recommended); methods that plan ahead are told the steps."""
     name, options = method_of(method)
     plans = "total_steps" in BASELINES[name].options or "policy" in BASELINES[name].options
     return build_baseline(name, workload.model, lr, **options, **({"total_steps": steps} if plans else {}))

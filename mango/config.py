@@ -5,6 +5,7 @@ A policy acts on `KNOBS` (one index per knob and layer) or on a `Ladder` (one ru
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
@@ -24,6 +25,13 @@ KNOBS: dict[str, tuple[float, ...]] = {                  # the order is the acti
 NVEC: tuple[int, ...] = tuple(len(menu) for menu in KNOBS.values())
 MAX_SPARSITY = 0.99
 _ALIASES = {"sparsity_ratio": "sparsity"}                # the earlier public name
+
+
+_NAME = re.compile(                                      # of a config, see `CompressionConfig.name`
+    r"(?:g(?P<gradient_bits>\d+))?(?:s(?P<sparsity>0\.\d+))?"
+    r"(?:m(?P<momentum_bits>\d+)v(?P<variance_bits>\d+)"
+    r"|r(?P<rank>\d+)p(?P<factor_bits_p>\d+)q(?P<factor_bits_q>\d+)v(?P<low_rank_variance_bits>\d+))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,21 @@ class CompressionConfig:
         elif (self.momentum_bits, self.variance_bits) != (32, 32) or parts:
             parts.append(f"m{self.momentum_bits}v{self.variance_bits}")
         return "".join(parts) or "full"
+
+    @classmethod
+    def from_name(cls, name: str) -> "CompressionConfig":
+        """The config that `name` is the name of.
+
+        >>> CompressionConfig.from_name("r4p8q4v0").rank
+        4
+        """
+        found = _NAME.fullmatch(name)
+        given = {} if found is None else {
+            knob.removeprefix("low_rank_"): text for knob, text in found.groupdict().items() if text is not None
+        }
+        if not given and name != "full":
+            raise ValueError(f"{name!r} is no name of a config; names are such as full, m8v0, g4m8v8, r4p8q8v0")
+        return cls.from_dict({knob: float(text) if knob == "sparsity" else int(text) for knob, text in given.items()})
 
     @property
     def sparsity_ratio(self) -> float:

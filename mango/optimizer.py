@@ -1,6 +1,7 @@
 """MANGO: AdamW whose state is stored compressed, layer by layer as a policy decides, inside a hard byte budget."""
 
 import math
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -152,6 +153,7 @@ class MANGO(Budgeted):
         self.ladder = released(ladder) if release_gradients else ladder
         self.policy: Policy | ScoringPolicy = as_policy(policy if policy is not None else policy_net, self.ladder)
         self.steps, self.skipped, self._policy_failed = 0, 0, False
+        self.seconds_deciding = 0.0                                         # of all steps so far, in this process
         self.budget_asked, self.page_budget_asked, self.peak_lr = memory_budget, page_budget, 0.0
         if page_budget is not None and page_to is None:
             raise ValueError("page_budget says how much may be paged; say where to with page_to")
@@ -261,8 +263,10 @@ class MANGO(Budgeted):
             self._to_count = (MeanBits.of(self.layers, self.applied), ratio)
         self.usage.count(*self._to_count)
         if self.steps % self.policy_update_freq == 0:
+            began = time.perf_counter()
             self.statistics.finish_probe(noise.step_key(self.seed, len(self.targets), self.steps))
             self._decide()
+            self.seconds_deciding += time.perf_counter() - began
         self.losses.next_step()
         return loss
 

@@ -9,16 +9,16 @@ import math
 import os
 import pickle
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from mango.config import CompressionConfig
-from mango.networks import CompressionPolicyNet, Heads
+from mango.networks import Heads
 from mango.trunks import State
 
 FORMAT = "mango-ppo-1"
@@ -26,6 +26,41 @@ STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fractio
 _LONGEST_HOLD = 256                                      # experiences in one segment: bounds what is kept
 
 Choice = CompressionConfig | Mapping[str, Any] | Sequence[CompressionConfig | Mapping[str, Any]] | Tensor
+
+
+@runtime_checkable
+class Agents(Protocol):
+    """What `PPOTrainer` trains, an `nn.Module`: `CompressionPolicyNet` is the one of this package.
+
+    Observations are (A, F) of A agents, actions (A, K) in the form of `encode`.
+    """
+
+    num_parameter_groups: int
+    architecture: dict[str, Any]                         # JSON: what a checkpoint must agree with
+
+    @property
+    def trunk(self) -> nn.Module: ...
+
+    @property
+    def value_head(self) -> nn.Linear: ...
+
+    def rows(self, features: Mapping[str, Any] | Tensor) -> Tensor: ...
+
+    def pool(self, rows: Tensor) -> Tensor: ...
+
+    def encode(self, choices: Sequence[Mapping[str, Any] | CompressionConfig]) -> Tensor: ...
+
+    def evaluate(self, obs: Tensor, state: State | None = None) -> Heads: ...
+
+    def log_prob(self, heads: Heads, actions: Tensor) -> Tensor: ...
+
+    def entropy(self, heads: Heads) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
 @dataclass
@@ -56,7 +91,7 @@ class _Batch:
 
 
 class PPOTrainer:
-    """Proximal policy optimisation (Schulman et al. 2017) of a `CompressionPolicyNet`, with its LSTM unrolled in time.
+    """Proximal policy optimisation (Schulman et al. 2017) of a `CompressionPolicyNet` or other `Agents`, unrolled in time.
 
     Each `collect_experience` is one step of A agents: one per layer where the config names layers, else one per parameter
     group. While the features are equal tensors the LSTM does not move on: a decision that is held for 100 steps is one
@@ -81,7 +116,7 @@ class PPOTrainer:
 
     def __init__(
         self,
-        policy_net: CompressionPolicyNet,
+        policy_net: Agents,
         lr: float = 3e-4,
         clip: float = 0.2,
         *,
@@ -97,7 +132,7 @@ class PPOTrainer:
         min_samples: int = 2,
         seed: int = 0,
     ) -> None:
-        if not isinstance(policy_net, CompressionPolicyNet):
+        if not isinstance(policy_net, Agents):
             raise TypeError(f"PPOTrainer trains a CompressionPolicyNet; got {type(policy_net).__name__}")
         for name, value, low, high in (
             ("lr", lr, 1e-12, 1.0),
@@ -110,7 +145,7 @@ class PPOTrainer:
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is outside {low:g}..{high:g}")
-        self.policy_net = policy_net
+        self.policy_net: Any = policy_net                # `Agents`, of the class that was given
         self.optimizer = torch.optim.Adam(policy_net.parameters(), lr=lr, eps=1e-5)
         self.clip, self.gamma, self.gae_lambda, self.epochs = clip, gamma, gae_lambda, epochs
         self.value_coef, self.entropy_coef = value_coef, entropy_coef
@@ -323,7 +358,7 @@ class PPOTrainer:
     def _learn(self, batch: _Batch) -> dict[str, float]:
         """One gradient step on the clipped objective; its statistics."""
         net = self.policy_net
-        net.trunk.lstm.train()                           # cuDNN has no backward in eval mode; nothing else differs
+        net.trunk.train()                                # cuDNN has no backward of an LSTM in eval mode; nothing else differs
         seen = net.evaluate(batch.observations, batch.state)                                                  # (A, U, ...)
         heads = Heads({k: x[:, batch.seen] for k, x in seen.logits.items()}, seen.value[:, batch.seen], seen.state)
         log_ratio = net.log_prob(heads, batch.actions) - batch.log_probs                                      # (A, T)
@@ -334,7 +369,7 @@ class PPOTrainer:
         entropy = net.entropy(heads).mean()
         self.optimizer.zero_grad()
         loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
-        (loss * batch.weight).backward()  # type: ignore[no-untyped-call]
+        (loss * batch.weight).backward()
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), self.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():

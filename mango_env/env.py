@@ -6,6 +6,7 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, SupportsFloat
 
 import gymnasium as gym
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from mango.config import LADDER, NVEC, CompressionConfig
 from mango.features import FEATURE_DIM, FEATURES, LAYER_FEATURES
 from mango.layers import Layer
+from mango_env.energy import Energy, metered, no_driver
 from mango_env.reward import Reward, RewardTerms
 from mango_env.run import DEFAULT_INTERVAL, Interval, TrainingRun, describe_error, whole_number
-from mango_env.twin import Twin, score, twin_of
+from mango_env.twin import Twin, costed_twin_of, score, twin_of
 from mango_env.workloads.base import WorkloadBuilder
 
 Budget = float | int | str
@@ -74,6 +76,8 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             raise ValueError(f"render_mode={render_mode!r} is not one of {self.metadata['render_modes']}")
         self.workload, self.actions, self.timings, self.render_mode = workload, actions, timings, render_mode
         self.reward = reward if isinstance(reward, Reward) else Reward.from_json(reward or {})
+        if self.reward.energy_weight and (problem := no_driver()) is not None:
+            raise ValueError(f"energy_weight={self.reward.energy_weight}: power is unavailable, {problem}; set it to 0")
         self.budgets: tuple[Budget, ...] = (memory_budget,) if isinstance(memory_budget, Budget) else tuple(memory_budget)
         self.seeds = tuple(seeds) if isinstance(seeds, Sequence) else tuple(range(whole_number("seeds", seeds)))
         if not self.budgets or not self.seeds:
@@ -135,7 +139,7 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             self.run = TrainingRun(self.workload, run_seed, memory_budget=budget, **self._arguments)
             if len(self.run.layers) > self.max_layers:
                 raise ValueError(f"seed {run_seed} gave {len(self.run.layers)} layers, max_layers is {self.max_layers}")
-            self.twin = twin_of(self.run) if self.reward.loss == "twin" else None
+            self.twin = self._new_twin(self.run)
             self.layers, self.observation = self.run.layers, self.run.observe()
         except Exception as problem:  # one seed of a user's workload may fail; then the first step ends the episode
             if "memory_budget" in options and isinstance(problem, ValueError):
@@ -174,10 +178,11 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
         except Exception as problem:  # noqa: BLE001         the choice is valid, so this is the run's own failure
             self.over, self.error = True, describe_error(problem)
             return self._lost_episode()
-        interval = self.run.advance()
+        with metered() if self.reward.energy_weight else nullcontext(Energy()) as used:
+            interval = self.run.advance()
         self.error, self.over = interval.error, self.run.done
         self._history.append((applied, interval))
-        terms = score(self.reward, interval, self.twin)
+        terms = score(self.reward, interval, self.twin, used.joules)
         self.observation = self._observe_run(self.run)
         info = self._step_info(self.run, applied, interval, terms)
         self._seconds += time.perf_counter() - began
@@ -271,6 +276,11 @@ class MangoEnv(gym.Env[Observation, NDArray[np.int64]]):
             info["val_loss"] = finite(measures.get("val_loss", math.nan))
             self.error = self.error or problem
         return info | ({"error": self.error} if self.error else {})
+
+    def _new_twin(self, run: TrainingRun) -> Twin | None:
+        if self.reward.costly:
+            return costed_twin_of(run, self.reward.costly)
+        return twin_of(run) if self.reward.loss == "twin" else None
 
     def _lost_episode(self) -> tuple[RewardTerms, dict[str, Any]]:
         """Score a run that could not be started or decided for: every decision that it still had is lost."""

@@ -168,6 +168,7 @@ class Recording:
     """One run on its way into the store: `decide` and `outcome` in turn, then `finish`."""
 
     def __init__(self, run: TrainingRun, policy: Any, reward: Reward, name: str | None = None, run_id: str | None = None) -> None:
+        reward.check_recordable()
         self.run, self.policy, self.reward, self.name = run, policy, reward, name or name_of(policy)
         self.run_id = run_id or f"{run.workload_name}-{self.name}-{run.seed}-{run.budget}-{uuid.uuid4().hex[:8]}"
         self.twin = twin_of(run) if reward.loss == "twin" else None
@@ -307,6 +308,7 @@ class TrajectoryRecorder:
         seed: int = 0,
     ) -> None:
         self.reward = reward or Reward(loss="raw")
+        self.reward.check_recordable()
         if self.reward.loss != "raw":
             raise ValueError(f"loss={self.reward.loss!r} needs a workload that can be run twice; record with Reward(loss='raw')")
         self.episode_decisions = None if episode_decisions is None else whole_number("episode_decisions", episode_decisions)

@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mango.config import CompressionConfig
+from mango_env.energy import Energy, metered
 from mango_env.locks import locked
 from mango_env.reward import Reward, RewardTerms
 from mango_env.run import DEFAULT_INTERVAL, Interval, TrainingRun
@@ -38,6 +39,8 @@ class Twin:
     losses: tuple[float, ...]
     evaluation: dict[str, float]
     error: str | None = None
+    step_seconds: float | None = None                        # per optimizer step, where it was trained for its costs
+    step_joules: float | None = None
 
     def mean(self, start: int, stop: int) -> float | None:
         """Mean loss over the optimizer steps [start, stop); None where the twin did not get that far."""
@@ -84,8 +87,12 @@ class TwinIdentity:
 
 def twin_of(run: TrainingRun) -> Twin:
     """The twin of a run, from memory, from disk, or trained now. Never raises for what the twin's training does."""
+    return _remembered(identity_of(run), os.environ.get("MANGO_CACHE"))
+
+
+def identity_of(run: TrainingRun) -> TwinIdentity:
     kwargs, hyper = run.workload_kwargs, run.hyper
-    identity = TwinIdentity(
+    return TwinIdentity(
         workload=run.spec,
         seed=run.seed,
         horizon=run.horizon,
@@ -97,10 +104,36 @@ def twin_of(run: TrainingRun) -> Twin:
         kwargs=kwargs,
         hyper=hyper,
     )
-    return _remembered(identity, os.environ.get("MANGO_CACHE"))
 
 
-def score(reward: Reward, interval: Interval, twin: Twin | None) -> RewardTerms:
+def costed_twin_of(run: TrainingRun, costs: Iterable[str]) -> Twin:
+    """The twin with what its steps cost: trained in this process, since another machine's or day's seconds say nothing here."""
+    return _costed(identity_of(run), frozenset(costs))
+
+
+@functools.lru_cache(maxsize=512)
+def _costed(identity: TwinIdentity, costs: frozenset[str]) -> Twin:
+    return train_twin(identity, costs)
+
+
+def costs_of(reward: Reward, interval: Interval, twin: Twin | None, joules: float | None) -> dict[str, float]:
+    """Seconds and Joules per step relative to the twin's, minus 1: those that the reward weighs."""
+    steps = max(1, interval.stop - interval.start)
+    measured = {
+        "time": (interval.step_seconds / steps, None if twin is None else twin.step_seconds),
+        "energy": (None if joules is None else joules / steps, None if twin is None else twin.step_joules),
+    }
+    found = {}
+    for cost in reward.costly:
+        mine, theirs = measured[cost]
+        if mine is None or not theirs:
+            weight = f"{cost}_weight={reward.costly[cost]}"
+            raise ValueError(f"{weight}: {cost} per step is unavailable for the run or its twin; set the weight to 0")
+        found[cost] = mine / theirs - 1
+    return found
+
+
+def score(reward: Reward, interval: Interval, twin: Twin | None, joules: float | None = None) -> RewardTerms:
     """The reward of one interval of a run: against its twin over the same steps, or against the interval before."""
     if reward.loss == "twin":
         reference = None if twin is None else twin.mean(interval.start, interval.stop)
@@ -114,6 +147,7 @@ def score(reward: Reward, interval: Interval, twin: Twin | None) -> RewardTerms:
         adamw_bytes=interval.adamw_bytes,
         errors=interval.errors,
         lost_decisions=1 + interval.decisions_left if interval.diverged else 0,
+        costs=None if interval.diverged else costs_of(reward, interval, twin, joules),
     )
 
 
@@ -147,8 +181,8 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def train_twin(identity: TwinIdentity) -> Twin:
-    """Train at full precision; a workload that raises gives a twin that ends there."""
+def train_twin(identity: TwinIdentity, costs: Collection[str] = ()) -> Twin:
+    """Train at full precision, with its "time" and "energy" on demand; a workload that raises gives a twin that ends there."""
     run = TrainingRun(
         identity.workload,
         identity.seed,
@@ -166,12 +200,17 @@ def train_twin(identity: TwinIdentity) -> Twin:
     run.optimizer.policy_update_freq = run.horizon + 1       # nobody decides, so nothing has to be looked at
     losses: list[float] = []
     error: str | None = None
-    while not run.done:
-        interval = run.advance()
-        losses += interval.losses.tolist()
-        error = interval.error or ("the loss diverged" if interval.diverged else None)
+    seconds = 0.0
+    with metered() if "energy" in costs else contextlib.nullcontext(Energy()) as used:
+        while not run.done:
+            interval = run.advance()
+            losses += interval.losses.tolist()
+            seconds += interval.step_seconds
+            error = interval.error or ("the loss diverged" if interval.diverged else None)
     evaluation, problem = run.evaluate_or_error()
-    return Twin(tuple(losses), evaluation, error or problem)
+    steps = max(1, run.t)
+    joules = None if used.joules is None else used.joules / steps
+    return Twin(tuple(losses), evaluation, error or problem, seconds / steps if "time" in costs else None, joules)
 
 
 def read_twin(path: Path) -> Twin | None:
@@ -188,7 +227,7 @@ def write_twin(path: Path, twin: Twin) -> None:
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(asdict(twin)))
+        aside.write_text(json.dumps({name: value for name, value in asdict(twin).items() if not name.startswith("step_")}))
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -36,7 +36,8 @@ from train_policy.gate import bootstrap_interval
 from train_policy.report_data import traces
 from train_policy.report_figures import heat_map
 from train_policy.run_study import Args as StudyArgs
-from train_policy.run_study import ablation, methods, run_method
+from train_policy.run_study import ablation, run_method
+from train_policy.study_methods import methods
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -19,11 +19,11 @@ from experiments.galore import GaLore, galore_nbytes
 from experiments.graddrop import GradDrop, keep_probability, pick_sign
 from experiments.joined import Joined
 from experiments.run_modes import scaler_of, train_step
-from experiments.state_bytes import state_nbytes
 from mango.lowrank import matricise
 from mango_env.workloads.text import VOCABULARY
 from tests.test_baselines import needs, next_symbol_loss, of_a_peer, tiny
 from tests.test_lowrank import literal_galore
+from train_policy.state_bytes import state_nbytes
 
 # ---- E7: GradDrop ------------------------------------------------------------------------------------------------------------
 

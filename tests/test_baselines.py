@@ -21,13 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from experiments.baseline_optimizers import BASELINES, EXTRA, Args, Baseline, available, build_baseline, register, train
 from experiments.galore import galore_nbytes
 from experiments.run_modes import scaler_of, train_step
-from experiments.state_bytes import state_nbytes
 from mango import MANGO
 from mango_env.workloads import make_workload
 from mango_env.workloads.initialise import build
 from mango_env.workloads.text import VOCABULARY, Transformer
+from train_policy.state_bytes import state_nbytes
 
-MODULES = ("adarankgrad", "dgc", "galore", "graddrop", "joined", "state_bytes")
+OURS = ("adarankgrad", "dgc", "galore", "graddrop", "joined")
+MODULES = (*(f"experiments.{name}" for name in OURS), "train_policy.state_bytes")
 
 
 def needs(name: str) -> None:
@@ -139,7 +140,7 @@ def test_a_name_is_registered_once_and_plain_tensors_are_refused() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_of_the_baselines_run_as_they_are_printed(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"experiments.{module}"))
+    result = doctest.testmod(importlib.import_module(module))
     assert result.attempted and not result.failed
 
 

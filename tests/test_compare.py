@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from experiments import compare, comparison_runs, comparison_table
 from experiments.baseline_optimizers import BASELINES, Baseline
 from experiments.comparison_figures import FIGURES, pareto
-from experiments.energy import Energy, metered
+from mango_env.energy import Energy, metered
 
 METHODS = "adamw,mango@0.25,sgd,adam8bit"
 

@@ -13,7 +13,8 @@ import pytest
 from train_policy.report import report_file
 from train_policy.report_data import Curve, Result, points, read_result, traces, write_csv
 from train_policy.report_page import page
-from train_policy.run_study import COMPARED, Args, chosen, methods, run_method, run_study, summary
+from train_policy.run_study import Args, chosen, run_method, run_study, summary
+from train_policy.study_methods import COMPARED, methods
 
 
 def row(policy: str, nbytes: int, loss: float | None, *, seed: int = 0, budget: int | None = 1000, **more: Any) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def test_adam_and_mango_without_a_limit_train_the_same_model_in_a_study() -> Non
     args = Args(workload="digits_mlp", steps=20)
     adamw, full = (run_method(args, methods()[name], seed=3) for name in ("adamw", "mango_full"))
     assert full["val_loss"] == pytest.approx(adamw["val_loss"], rel=1e-5)
-    assert full["state_bytes_peak"] >= adamw["state_bytes_peak"] == adamw["adamw_bytes"]
+    assert full["state_bytes_peak"] >= adamw["adamw_bytes"] == adamw["state_bytes_peak"] - 4 * 6   # float32 counts of steps
 
 
 def test_a_method_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:

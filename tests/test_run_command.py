@@ -13,7 +13,9 @@ from mango_env.workloads import make_workload
 from tests.test_large_models import data
 from tests.test_workloads import made
 from train_policy.cli import app
-from train_policy.run_study import Args, Goal, methods, run_method
+from train_policy.held_out import Goal, Looks
+from train_policy.run_study import Args, run_method
+from train_policy.study_methods import methods
 from train_policy.throughput import Watch, check_device, peak_bytes, rates, start_peak
 
 __all__ = ["data", "made"]                                                     # fixtures
@@ -166,15 +168,41 @@ def test_a_goal_is_a_training_loss_or_a_held_out_measure() -> None:
 
 
 def test_a_goal_looks_when_it_is_due_and_at_the_end() -> None:
-    goal, looks = Goal(0.5, "val_accuracy", 20), []
+    goal, looks = Goal(0.5, "val_accuracy"), Looks(20)
     for step in range(10, 60, 10):
-        before = goal.looked
-        goal.look([1.0] * step, float(step), lambda: {"val_accuracy": 0.1}, step == 50)
-        looks += [step] if goal.looked != before else []
-    assert looks == [20, 40, 50] and goal.steps is None
-    goal = Goal(0.5, "loss", 20)
-    goal.look([1.0, 0.4, 0.3], 9.0, dict, False)
+        goal.look([1.0] * step, float(step), looks.at(step, step == 50, lambda: {"val_accuracy": 0.1}))
+    assert [look["step"] for look in looks.found] == [20, 40, 50] and goal.steps is None
+    goal = Goal(0.5, "loss")
+    goal.look([1.0, 0.4, 0.3], 9.0, None)
     assert (goal.steps, goal.seconds) == (2, 9.0)
+
+
+def test_g5_the_best_held_out_measures_stand_beside_the_final_ones() -> None:
+    for optimizer in ("adamw", "mango_adaptive"):
+        words = ("single", "--optimizer", optimizer, "--learning-rate", "0.03", "--steps", "60", "--interval", "5")
+        mango_run(*words, "--output-dir", "end")
+        done = mango_run(*words, "--evaluate-every", "15")
+        (row,), (alone,) = rows_of(), rows_of("end")
+        looks = row["evaluations"]
+        assert [look["step"] for look in looks] == [15, 30, 45, 60] and [look["step"] for look in alone["evaluations"]] == [60]
+        assert row["best_val_loss"] == min(look["val_loss"] for look in looks)
+        assert row["best_val_accuracy"] == max(look["val_accuracy"] for look in looks)
+        assert looks[-1] == {"step": 60, "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"]}
+        assert {look["step"]: look["val_loss"] for look in looks}[row["best_val_loss_step"]] == row["best_val_loss"]
+        assert row["loss_curve"] == alone["loss_curve"] and row["val_loss"] == alone["val_loss"]   # looking changes nothing
+        assert alone["best_val_loss"] is None            # nobody looked on the way
+        assert f"best {row['best_val_loss']:.4f} at step {row['best_val_loss_step']}" in done.stderr
+        (line,) = json.loads(Path("runs/study/study.json").read_text())["summary"]
+        assert line["best_val_loss"] == row["best_val_loss"] and line["best_val_accuracy"] == row["best_val_accuracy"]
+        header, values = (line.split(",") for line in Path("runs/study/study.csv").read_text().splitlines())
+        assert float(values[header.index("best_val_loss")]) == row["best_val_loss"] and "evaluations" not in header
+
+
+def test_the_best_is_the_highest_of_what_should_rise_and_the_lowest_of_what_should_fall() -> None:
+    looks = Looks(1)
+    for step, (loss, accuracy) in enumerate([(2.0, 0.5), (1.0, 0.9), (math.nan, 0.7)], start=1):
+        looks.at(step, step == 3, lambda loss=loss, accuracy=accuracy: {"val_loss": loss, "val_accuracy": accuracy})  # type: ignore[misc]
+    assert looks.best() == {"best_val_loss": 1.0, "best_val_loss_step": 2, "best_val_accuracy": 0.9, "best_val_accuracy_step": 2}
 
 
 def test_a_watch_counts_its_blocks_alone_and_a_peak_sees_what_was_held() -> None:

@@ -12,16 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from train_policy.cli_data import data_app
+from train_policy.cli_run import PART_FAILED, run
 from train_policy.cli_support import (
     DEBUG_FLAG,
     ClipOption,
     JsonOption,
-    LogLevelOption,
     RuleOption,
     ScheduleOption,
     SeedOption,
     StepsOption,
-    at_level,
     check_rule,
     console,
     emit,
@@ -35,11 +34,10 @@ from train_policy.cli_support import (
 )
 from train_policy.cli_train import collect, sweep, train_app
 
-PART_FAILED = 1                                          # exit code where some runs failed and the others are there
-
 app = typer.Typer(name="mango", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("collect")(guarded(collect))
 app.command("sweep")(guarded(sweep))
+app.command("run")(guarded(run))
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 
@@ -57,12 +55,17 @@ def demo(
     seed: SeedOption = 0,
     workers: Annotated[int, typer.Option(help="processes")] = 2,
     quick: Annotated[bool, typer.Option(help="the same stages, far too short to learn: a test of the machinery")] = False,
+    compare_all: Annotated[bool, typer.Option("--compare-all", help="the comparison alone, with the shipped policy")] = False,
+    rank: Annotated[int | None, typer.Option(help="add a low-rank config to the comparison: 1, 4, 8, 32 or 128")] = None,
+    bits_p: Annotated[int | None, typer.Option(help="bits of its projector: 16, 8 or 4; default: 8, with NF4 4")] = None,
+    bits_q: Annotated[int | None, typer.Option(help="bits of its first moment in the subspace, likewise")] = None,
+    use_nf4: Annotated[bool, typer.Option("--use-nf4", help="its factors in 4-bit NormalFloat")] = False,
     json: JsonOption = None,
 ) -> None:
     """The whole way: record runs, learn in stages, freeze, plug in, compare. At most 10 minutes on 2 cores."""
     from train_policy.demo import DemoArgs, run_demo
 
-    result = run_demo(DemoArgs(out=out, seed=seed, workers=workers, quick=quick))
+    result = run_demo(DemoArgs(out, seed, workers, quick, compare_all, rank, bits_p, bits_q, use_nf4))
     emit(json, result, lambda: None)
     if result["failures"]:
         raise typer.Exit(PART_FAILED)
@@ -254,62 +257,6 @@ def print_tree(tree: dict[str, Any]) -> None:
         f"Held-out loss of that run: {loss['policy']:.4f} decided by the policy, {loss['tree']:.4f} by the tree."
     )
     print_table("Decisions equal to the policy's", ("decision", "tree", "constant", "which is"), rows, caption)
-
-
-@app.command()
-@guarded
-def run(
-    mode: Annotated[str, typer.Argument(help="single, comparative or ablation")],
-    optimizer: Annotated[str, typer.Option(help="of a single study: adamw, sgd, mango_learned, ...")] = "adamw",
-    workload: Annotated[str, typer.Option(help="a name or module:function")] = "digits_mlp",
-    policy: Annotated[str, typer.Option(help="the frozen policy of mango_learned")] = "demo",
-    budget: Annotated[str, typer.Option(help="of MANGO: a fraction of AdamW's state, a size, or bytes")] = "0.25",
-    steps: StepsOption = None,
-    epochs: Annotated[float | None, typer.Option(help="instead of steps")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="default: the workload's own")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="default: the workload's own; SGD's is 25 times that")] = None,
-    rule: RuleOption = "adamw",
-    seeds: Annotated[int, typer.Option(help="runs per method")] = 1,
-    seed: SeedOption = 0,
-    target: Annotated[float | None, typer.Option(help="report the first step at which --metric reaches it")] = None,
-    metric: Annotated[str, typer.Option(help="loss (training's), or held out: val_loss, val_accuracy, bleu, ...")] = "loss",
-    evaluate_every: Annotated[int, typer.Option(help="optimizer steps between looks at a held-out --metric")] = 100,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda with --gpu-memory-fraction, else cpu")] = None,
-    gpu_memory_fraction: Annotated[float | None, typer.Option(help="share of the GPU's memory that may be used")] = None,
-    log_level: LogLevelOption = "info",
-    data_dir: Annotated[Path | None, typer.Option(help="folder of data sets, in place of MANGO_DATA")] = None,
-    output_dir: Annotated[Path, typer.Option(help="where study.json and study.csv go")] = Path("runs/study"),
-    json: JsonOption = None,
-) -> None:
-    """Train one optimizer, five against each other, or MANGO with components switched off. Writes JSON and CSV."""
-    report = at_level(log_level, "mango.study")
-    if data_dir is not None:
-        if not data_dir.is_dir():
-            raise ValueError(f"--data-dir {data_dir} is no folder")
-        os.environ["MANGO_DATA"] = str(data_dir)
-    from train_policy.run_study import Args, run_study, summary
-    from train_policy.throughput import check_device
-
-    place = check_device(device or ("cpu" if gpu_memory_fraction is None else "cuda"), gpu_memory_fraction)
-    args = Args(mode, optimizer, workload, policy, parse_budget(budget), steps, epochs, batch_size, learning_rate,
-                rule=rule, seeds=seeds, seed=seed, target=target, metric=metric, evaluate_every=evaluate_every,
-                device=str(place))  # fmt: skip
-    check_rule(rule)
-    path, rows, failures = run_study(args, output_dir, report=report, failed=say)
-    lines = summary(rows)
-
-    def tables() -> None:
-        optional = ("val_accuracy", "val_perplexity", "samples_per_second", "tokens_per_second", "seconds_to_target")
-        known = [name for name in optional if any(line[name] is not None and line[name] == line[name] for line in lines)]
-        columns = ("policy", "val_loss", "val_loss_se", *known, "state_bytes_peak", "adamw_bytes", "seconds", "what")
-        if lines:
-            print_table(f"{mode} on {workload}, {seeds} seeds", columns, [[line[c] for c in columns] for line in lines])
-        console.print(f"wrote {path} and {path.with_suffix('.csv')}")
-
-    emit(json, {"rows": rows, "summary": lines, "failures": failures}, tables)
-    if failures:
-        say(f"{len(failures)} of {len(rows) + len(failures)} runs failed")
-        raise typer.Exit(PART_FAILED)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mango.config import CompressionConfig
 from train_policy.cli_support import console, err_console, write_json
 from train_policy.demo_comparison import show, verdicts
 from train_policy.evaluate import EvaluationArgs, EvaluationRow, evaluate, returns_by_run, summary
@@ -32,6 +33,29 @@ class DemoArgs:
     seed: int = 0
     workers: int = 2
     quick: bool = False
+    compare_all: bool = False                            # the comparison alone, with the shipped policy: nothing is learned
+    rank: int | None = None                              # of a low-rank config beside the rungs; None: no such config
+    bits_p: int | None = None                            # of its projector; None: 8, with NF4 4
+    bits_q: int | None = None                            # of its first moment in the subspace; likewise
+    use_nf4: bool = False                                # its factors in NF4, which is what 4 bits are
+
+    def __post_init__(self) -> None:
+        assert self.low_rank or self.rank is None        # what it asks for is on the menus, or this raises
+
+    @property
+    def low_rank(self) -> CompressionConfig | None:
+        """The low-rank config of the comparison."""
+        if self.rank is None:
+            if self.use_nf4 or self.bits_p is not None or self.bits_q is not None:
+                raise ValueError("--bits-p, --bits-q and --use-nf4 say how a low-rank config is stored; give its --rank too")
+            return None
+        usual = 4 if self.use_nf4 else 8
+        bits = [usual if given is None else given for given in (self.bits_p, self.bits_q)]
+        if self.use_nf4 and 4 not in bits:
+            raise ValueError(f"--use-nf4 has 4 bits, and neither --bits-p {bits[0]} nor --bits-q {bits[1]} has; leave one out")
+        if self.rank < 1:
+            raise ValueError(f"--rank {self.rank} must be at least 1")
+        return CompressionConfig(rank=self.rank, factor_bits_p=bits[0], factor_bits_q=bits[1], variance_bits=0)
 
     @property
     def size(self) -> "Size":
@@ -100,12 +124,13 @@ def run_demo(args: DemoArgs) -> dict[str, Any]:
 
     began = time.perf_counter()
     journal = Journal()
-    cache = collect_stage(args, journal)
-    policy = learn(args, journal, cache)
+    cache = None if args.compare_all else collect_stage(args, journal)
+    policy = NAME if cache is None else learn(args, journal, cache)
     rows = journal.run("evaluate beside AdamW, fixed rungs and heuristics", lambda: evaluation(args, policy))
     lines = verdicts(rows, NAME)
-    measured = [row.to_dict() for row in summary(rows) if row.policy == NAME]
-    freeze_best(args, policy, {**card_of(args, journal, cache.digest), "verdicts": lines, "evaluation": measured})
+    if cache is not None and isinstance(policy, Path):
+        measured = [row.to_dict() for row in summary(rows) if row.policy == NAME]
+        freeze_best(args, policy, {**card_of(args, journal, cache.digest), "verdicts": lines, "evaluation": measured})
     show(rows, lines)
     failures = [row.to_dict() for row in rows if row.status == "diverged" or not row.within_budget]
     result = {
@@ -263,12 +288,13 @@ def freeze_best(args: DemoArgs, checkpoint: Path, card: dict[str, Any]) -> tuple
     return path, f"{path}: {path.stat().st_size:,} bytes, from the stage {stage}"
 
 
-def evaluation(args: DemoArgs, policy: Path) -> tuple[list[EvaluationRow], str]:
+def evaluation(args: DemoArgs, policy: Path | str) -> tuple[list[EvaluationRow], str]:
     """The frozen file beside AdamW, every rung and the heuristics, on seeds that no stage has seen."""
     from train_policy.behaviours import behaviours
 
     size, seeds = args.size, [args.seed + i for i in range(args.size.evaluated)]
-    specs = behaviours(["adamw", "fixed", *HEURISTICS, policy])
+    low_rank = [] if args.low_rank is None else [f"fixed:{args.low_rank.name}"]
+    specs = list(dict.fromkeys(behaviours(["adamw", "fixed", *low_rank, *HEURISTICS, policy])))
     shared: dict[str, Any] = {"workers": args.workers, "progress": err_console.is_terminal}
     rows: list[EvaluationRow] = []
     cases = ((size.workloads, size.budgets, size.steps), (size.held_out, size.held_out_budgets, size.held_out_steps))

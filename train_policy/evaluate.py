@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mango.config import FULL, LADDER
+from mango.config import FULL, LADDER, CompressionConfig
 from mango.optimizer import Decision
 from mango.policies import POLICIES, FixedPolicy, RandomPolicy
 from mango.policy_file import load_policy, shipped_policies
@@ -91,15 +91,15 @@ class _Task:
 def policy_of(spec: Any, seed: int = 0) -> Any:
     """A fresh policy object from a spec.
 
-    `fixed:RUNG` (name or index on the ladder), a heuristic's name, a shipped policy's name, the path of a frozen policy,
-    or an object, which is passed on.
+    `fixed:RUNG` (name or index on the ladder, or the name of another config, as r4p8q8v0), a heuristic's name, a shipped
+    policy's name, the path of a frozen policy, or an object, which is passed on.
     """
     if isinstance(spec, Path):
         return load_policy(spec)
     if not isinstance(spec, str):
         return spec
     if spec.startswith("fixed:"):
-        return FixedPolicy(LADDER[LADDER.index(spec.removeprefix("fixed:"))])
+        return FixedPolicy(fixed_config(spec))
     if spec == "random":
         return RandomPolicy(seed=seed)
     if spec in HEURISTICS:
@@ -113,10 +113,19 @@ def policy_of(spec: Any, seed: int = 0) -> Any:
     )
 
 
+def fixed_config(spec: str) -> CompressionConfig:
+    """The config of `fixed:RUNG`: a rung of the ladder by name or index, or the name of any other config."""
+    rung = spec.removeprefix("fixed:")
+    try:
+        return CompressionConfig.from_name(rung)
+    except ValueError:
+        return LADDER[LADDER.index(rung)]
+
+
 def spec_name(spec: Any) -> str:
     """How tables call a policy spec: rungs by name, files by their stem."""
     if isinstance(spec, str) and spec.startswith("fixed:"):
-        return f"fixed:{LADDER.names[LADDER.index(spec.removeprefix('fixed:'))]}"
+        return f"fixed:{fixed_config(spec).name}"
     if isinstance(spec, str | Path):
         return Path(spec).stem if str(spec).endswith(".safetensors") else str(spec)
     return name_of(spec)

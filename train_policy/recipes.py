@@ -1,7 +1,7 @@
 """Recipes: the hyper-parameters of a stage as YAML, checked against the dataclass that the stage takes.
 
 `configs/ppo.yml` follows rl-zoo3's schema (keyed by environment id), so the zoo trains `Mango/TrainingRun-v0` unmodified;
-`configs/bc.yml` and `configs/offline.yml` are keyed by network kind and by algorithm.
+`configs/bc.yml` and `configs/offline.yml` are keyed by network kind and by algorithm, `configs/study.yml` by the mode of a study.
 """
 
 import types
@@ -55,6 +55,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
+    if type(value) in (int, float) and type(value) in options:  # of both the one that was written: 1 is not 1.0
+        return value
     for kind in (bool, int, float, str):
         if kind not in options:
             continue

@@ -14,7 +14,7 @@ from mango.policies import POLICIES
 Row = dict[str, Any]
 NEEDED = ("policy", "workload", "seed", "state_bytes_peak", "val_loss")
 HEAT_MAPS = 4                                            # at most as many traces are drawn
-NESTED = ("decisions", "layers", "state_bytes", "loss_curve")  # columns of a row that no table shows
+NESTED = ("decisions", "layers", "state_bytes", "loss_curve", "ppo_stats", "evaluations")  # columns of a row that no table shows
 
 
 @dataclass(frozen=True, slots=True)

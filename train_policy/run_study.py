@@ -11,40 +11,35 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from mango.config import LADDER, CompressionConfig
-from mango_env.run import DEFAULT_LR, TrainingRun
+from mango.policies import POLICIES
+from mango_env.run import TrainingRun
 from mango_env.workloads import Workload, make_workload, workload_name
 from mango_env.workloads.base import WorkloadBuilder
+from train_policy.held_out import GOAL_EVERY, TRAINING_LOSS, Goal, Looks, held_out
+from train_policy.online import OnlineLearner
 from train_policy.seeding import borrowed_rng
+from train_policy.state_bytes import state_nbytes
+from train_policy.study_methods import COMPARED, LEARNED, Method, Start, find_method, methods
 from train_policy.throughput import Watch, peak_bytes, rates, start_peak
+from train_policy.trace import UNTRACED, Tracer, Tracing
 
+BEST = ("val_loss", "val_accuracy")                      # measures whose best look is in the tables
 MODES = ("single", "comparative", "ablation")
-TRAINING_LOSS = "loss"                                   # the metric that needs no evaluation
-LOWER_IS_BETTER = ("loss", "perplexity", "bits")         # parts of the names of such metrics
-COMPARED = ("adam", "adamw", "sgd", "mango_adaptive", "mango_learned")
-SGD_LR_FACTOR = 25.0                                     # SGD with momentum wants a larger rate than Adam's 2e-3: 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One way to train: a torch optimizer by name, or MANGO with a policy and options."""
-
-    name: str
-    what: str
-    torch_rule: str | None = None                        # "adam", "adamw", "sgd"; None: MANGO
-    policy: Any = None                                   # as MANGO takes it; None: water-filling
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def budgeted(self) -> bool:
-        return self.torch_rule is None
+def check_mode(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    return mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +50,7 @@ class Args:
     optimizer: str = "adamw"                             # the method of a single study, see `methods`
     workload: str | WorkloadBuilder = "digits_mlp"       # a name of WORKLOADS, module:function or a callable f(seed)
     policy: str = "demo"                                 # the frozen policy of mango_learned: a shipped name or a path
-    budget: float | str = 0.25                           # of MANGO: a fraction of AdamW's state bytes, a size, or bytes
+    budget: float | int | str = 0.25                     # of MANGO: a fraction of AdamW's state bytes, a size, or bytes
     steps: int | None = None                             # optimizer steps; None: the workload's own
     epochs: float | None = None                          # instead of steps, where the workload knows its epoch
     batch_size: int | None = None                        # None: the workload's own
@@ -66,81 +61,29 @@ class Args:
     seed: int = 0                                        # the first of them
     target: float | None = None                          # a goal: the first step at which `metric` reaches it
     metric: str = TRAINING_LOSS                          # or a held-out measure: val_loss, val_accuracy, bleu, ...
-    evaluate_every: int = 100                            # optimizer steps between looks at a held-out metric
+    evaluate_every: int | None = None                    # steps between held-out measures; None: the end, 100 for a goal
     device: str = "cpu"                                  # where the model is
+    online: bool | None = None                           # mango_learned learns by PPO meanwhile; None: as `learns_online` has it
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")
+        check_mode(self.mode)
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
-        for name in ("steps", "epochs", "batch_size", "learning_rate", "evaluate_every"):
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "interval", "evaluate_every"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive")
+        if self.online and self.mode == "single" and self.optimizer != LEARNED:
+            raise ValueError(f"online: {self.optimizer!r} has no policy that could learn; {LEARNED} has")
         if self.metric != TRAINING_LOSS and self.target is None:
             raise ValueError(f"metric={self.metric!r} says what a target is of; give the target too")
-
-
-@dataclass(slots=True)
-class Goal:
-    """When a run first reaches a target, in optimizer steps and in seconds of training."""
-
-    target: float | None
-    metric: str
-    every: int
-    steps: int | None = None
-    seconds: float | None = None
-    looked: int = 0                                      # the step of the last look
-
-    def look(self, losses: Sequence[float], seconds: float, measure: Callable[[], Mapping[str, float]], last: bool) -> None:
-        """After `len(losses)` steps: has it been reached? A held-out metric is measured when it is due, and at the last step."""
-        step = len(losses)
-        if self.target is None or self.steps is not None:
-            return
-        if self.metric == TRAINING_LOSS:
-            found = next((i + 1 for i in range(self.looked, step) if losses[i] <= self.target), None)
-            self.looked = step
-        elif last or step - self.looked >= self.every:
-            measures, self.looked = measure(), step
-            if self.metric not in measures:
-                raise ValueError(f"unknown metric {self.metric!r}; this workload has {TRAINING_LOSS}, {', '.join(measures)}")
-            value, falls = measures[self.metric], any(part in self.metric for part in LOWER_IS_BETTER)
-            found = step if (value <= self.target if falls else value >= self.target) else None
-            log.debug("step %d: %s %.4f", step, self.metric, value)
-        else:
-            found = None
-        if found is not None:
-            self.steps, self.seconds = found, seconds
 
 
 log = logging.getLogger("mango.study")
 Row = dict[str, Any]
 Report = Callable[[str], None]
-
-
-def methods(policy: str = "demo") -> dict[str, Method]:
-    """Every method that a single study can run, by name."""
-    eight = CompressionConfig(momentum_bits=8, variance_bits=8)
-    coarse = replace(eight, gradient_bits=4)
-    free: dict[str, Any] = {"memory_budget": None}
-    table = [
-        Method("adam", "torch.optim.Adam", torch_rule="adam"),
-        Method("adamw", "torch.optim.AdamW", torch_rule="adamw"),
-        Method("sgd", "torch.optim.SGD, momentum 0.9", torch_rule="sgd"),
-        Method("mango_full", "MANGO at full precision, no limit", policy=CompressionConfig(), options=free),
-        Method("mango_8bit", "MANGO, 8-bit moments everywhere", policy=eight),
-        Method("mango_adaptive", "MANGO, the phase heuristic", policy="adaptive"),
-        Method("mango_scheduled", "MANGO, from full precision down the ladder", policy="scheduled"),
-        Method("mango_water_filling", "MANGO, least error per byte", policy="water-filling"),
-        Method("mango_random", "MANGO, random rungs", policy="random"),
-        Method("mango_learned", f"MANGO, the frozen policy {policy!r}", policy=policy),
-        Method("mango_g4", "4-bit gradients with error feedback, 8-bit moments, no limit", policy=coarse, options=free),
-        Method("mango_g4_no_ef", "4-bit gradients without error feedback, 8-bit moments, no limit", policy=coarse,
-               options={"error_feedback": False} | free),
-    ]  # fmt: skip
-    return {method.name: method for method in table}
+Watched = Callable[[Optimizer], Tracer]
 
 
 def chosen(args: Args) -> list[Method]:
@@ -150,9 +93,7 @@ def chosen(args: Args) -> list[Method]:
         return [table[name] for name in COMPARED]
     if args.mode == "ablation":
         return ablation(args, table)
-    if args.optimizer not in table:
-        raise ValueError(f"unknown optimizer {args.optimizer!r}; known: {', '.join(table)}")
-    return [table[args.optimizer]]
+    return [find_method(args.optimizer, args.policy)]
 
 
 def ablation(args: Args, table: Mapping[str, Method]) -> list[Method]:
@@ -180,6 +121,17 @@ def largest_rung(args: Args) -> CompressionConfig:
             continue
         return rung
     return LADDER[0]
+
+
+def learns_online(args: Args, method: Method) -> bool:
+    """Whether the policy of a method learns during its run: in a single study unless told otherwise, elsewhere if asked.
+
+    Where methods are compared, mango_learned is the frozen file; where it is trained with alone, it goes on learning. A
+    heuristic has nothing that could learn.
+    """
+    if method.name != LEARNED:
+        return False
+    return args.mode == "single" and method.policy not in POLICIES if args.online is None else args.online
 
 
 def training_run(args: Args, method: Method, seed: int) -> TrainingRun:
@@ -226,12 +178,20 @@ def horizon(args: Args, seed: int) -> int | None:
     return max(1, round(args.epochs * int(per_epoch)))
 
 
-def run_method(args: Args, method: Method, seed: int) -> Row:
-    """Train once and measure. Raises what the training raises."""
+def run_method(args: Args, method: Method, seed: int, tracing: Tracing = UNTRACED, folder: Path = Path()) -> Row:
+    """Train once and measure; traces of its steps go into `folder`. Raises what the training raises."""
     started = time.perf_counter()
     start_peak(torch.device(args.device))
-    goal = Goal(args.target, args.metric, args.evaluate_every)
-    measured = mango_losses(args, method, seed, goal) if method.budgeted else torch_losses(args, method, seed, goal)
+    goal = Goal(args.target, args.metric)
+    looks = Looks(args.evaluate_every or (GOAL_EVERY if args.metric != TRAINING_LOSS else None))
+
+    def watched(optimizer: Optimizer) -> Tracer:
+        return Tracer(optimizer, tracing, folder / "trace" / f"{method.name}-seed{seed}")
+
+    if method.start is None:
+        measured = mango_losses(args, method, seed, goal, looks, watched)
+    else:
+        measured = other_losses(args, method.start, seed, goal, looks, watched)
     seconds = time.perf_counter() - started
     losses: list[float] = measured.pop("losses")
     if not losses or not math.isfinite(losses[-1]) or not math.isfinite(measured["val_loss"]):
@@ -241,6 +201,8 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
         "workload": workload_name(args.workload),
         "seed": seed,
         **measured,
+        **looks.best(),
+        "evaluations": looks.found,
         "steps": len(losses),
         "best_train_loss": min(losses),
         "steps_to_target": goal.steps,
@@ -251,41 +213,41 @@ def run_method(args: Args, method: Method, seed: int) -> Row:
     }
 
 
-def held_out(workload: Workload, evaluate: Callable[[], dict[str, float]], metric: str) -> dict[str, float]:
-    """A workload's measures, and BLEU of a translator where that is asked for: it takes longer than all the others."""
-    measures = {name: float(value) for name, value in evaluate().items()}
-    if metric == "bleu":
-        from mango_env.workloads.multi30k import Translation
-        from train_policy.bleu import bleu
-
-        if not isinstance(workload, Translation):
-            raise ValueError("metric='bleu' is of translations: take the workload multi30k_translation")
-        measures["bleu"] = bleu(workload)
-    return measures
-
-
-def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
+def mango_losses(args: Args, method: Method, seed: int, goal: Goal, looks: Looks, watched: Watched) -> Row:
     """Train with MANGO: losses per step, held-out measures, bytes, and the config of every layer in every interval."""
-    run = training_run(args, method, seed)
+    learns = learns_online(args, method)
+    run = training_run(args, replace(method, policy="hold") if learns else method, seed)
+    learner = OnlineLearner(method.policy, run) if learns else None
     watch = Watch(torch.device(args.device))
     losses: list[float] = []
     decisions: list[list[str]] = []
     held: list[int] = []
+    measures: Mapping[str, float] | None = None
     measure = partial(held_out, run.workload, run.evaluate, args.metric)
-    while not run.done:
-        decisions.append([config.name for config in run.optimizer.applied])
-        with watch.running():
-            interval = run.advance()
-        if interval.diverged:
-            raise RuntimeError(interval.error or f"{method.name} diverged: the loss is {interval.last_loss:.3g} at step {run.t}")
-        losses += interval.losses.tolist()
-        held.append(interval.state_bytes_peak)
-        log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
-        goal.look(losses, watch.seconds, measure, run.done)
+    with watched(run.optimizer) as tracer:
+        while not run.done:
+            with watch.running():
+                with tracer.deciding():
+                    if learner is not None:
+                        learner.decide()
+                decisions.append([config.name for config in run.optimizer.applied])
+                interval = run.advance()
+                if learner is not None:
+                    learner.learn(interval)
+            if interval.diverged:
+                why = f"{method.name} diverged: the loss is {interval.last_loss:.3g} at step {run.t}"
+                raise RuntimeError(interval.error or why)
+            losses += interval.losses.tolist()
+            held.append(interval.state_bytes_peak)
+            log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, run.t, interval.loss)
+            measures = looks.at(len(losses), run.done, measure)
+            goal.look(losses, watch.seconds, measures)
+    if learner is not None:
+        learner.finish()
     limited = method.options.get("memory_budget", args.budget) is not None
     return {
         "losses": losses,
-        **measure(),
+        **(measures or {}),
         **rates(run.workload, len(losses), watch.seconds),
         "budget_bytes": run.budget if limited else None,
         "state_bytes_peak": max(held),
@@ -293,65 +255,61 @@ def mango_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
         "layers": [layer.name for layer in run.layers],
         "decisions": decisions,
         "state_bytes": held,
+        **({} if learner is None else {"ppo_stats": learner.stats}),
     }
 
 
-def torch_losses(args: Args, method: Method, seed: int, goal: Goal) -> Row:
-    """Train with a torch optimizer on the same workload, seed and batches."""
+def other_losses(args: Args, start: Start, seed: int, goal: Goal, looks: Looks, watched: Watched) -> Row:
+    """Train with another optimizer on the same workload, seed and batches."""
     steps = horizon(args, seed)
     watch = Watch(torch.device(args.device))
     with borrowed_rng(seed):                             # as TrainingRun does: what the model draws repeats with the seed
         workload = make_workload(builder(args), seed, **workload_options(args))
-        optimizer = torch_optimizer(method, workload, args.learning_rate)
-        losses: list[float] = []
         left = steps or workload.steps
+        trainer = start(workload, args.learning_rate, left)
+        losses: list[float] = []
+        held, measures = 0, None
         measure = partial(held_out, workload, workload.evaluate, args.metric)
-        while left > 0:
-            part = min(args.interval, left)
-            with watch.running():
-                losses += [float(loss) for loss in train(workload, optimizer, part)]
-            left -= part
-            log.debug("%s, seed %d, step %d: loss %.4f", method.name, seed, len(losses), sum(losses[-part:]) / part)
-            goal.look(losses, watch.seconds, measure, left == 0)
-        measures = measure()
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        with watched(trainer.optimizer) as tracer:
+            while left > 0:
+                part = min(args.interval, left)
+                with watch.running():
+                    tracer.mark()
+                    losses += [float(loss) for loss in [trainer.step(workload.loss) for _ in range(part)]]
+                left -= part
+                held = max(held, state_nbytes(trainer.optimizer))
+                log.debug("seed %d, step %d: loss %.4f", seed, len(losses), sum(losses[-part:]) / part)
+                measures = looks.at(len(losses), left == 0, measure)
+                goal.look(losses, watch.seconds, measures)
     return {
         "losses": losses,
-        **measures,
+        **(measures or {}),
         **rates(workload, len(losses), watch.seconds),
         "budget_bytes": None,
-        "state_bytes_peak": sum(t.numel() * t.element_size() for t in tensors if t.dim()),
+        "state_bytes_peak": held,
         "adamw_bytes": 8 * sum(p.numel() for p in workload.model.parameters()),
         "decisions": [],
     }
-
-
-def torch_optimizer(method: Method, workload: Workload, learning_rate: float | None) -> torch.optim.Optimizer:
-    params = list(workload.model.parameters())
-    lr = float(getattr(workload, "lr", DEFAULT_LR)) if learning_rate is None else learning_rate
-    if method.torch_rule == "sgd":
-        return torch.optim.SGD(params, lr=lr if learning_rate is not None else SGD_LR_FACTOR * lr, momentum=0.9)
-    rule = torch.optim.AdamW if method.torch_rule == "adamw" else torch.optim.Adam
-    return rule(params, lr=lr, weight_decay=0)
-
-
-def train(workload: Workload, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
-    """So many steps; the losses stay where they are, so that a GPU is not waited for at each."""
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = workload.loss()
-        loss.backward()                                  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
 
 
 def chunks(values: Sequence[float], size: int) -> list[Sequence[float]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def study(args: Args, report: Report = print, failed: Report | None = None) -> tuple[list[Row], list[Row]]:
+def check_study(args: Args) -> None:
+    """Raise what would keep a study from training: an unknown optimizer or policy, a workload that cannot be made."""
+    horizon(args, args.seed)
+    make_workload(args.workload, args.seed, **workload_options(args))
+    for method in chosen(args):
+        if method.budgeted:
+            run = training_run(args, method, args.seed)
+            if learns_online(args, method):
+                OnlineLearner(method.policy, run)
+
+
+def study(
+    args: Args, report: Report = print, failed: Report | None = None, tracing: Tracing = UNTRACED, folder: Path = Path()
+) -> tuple[list[Row], list[Row]]:
     """Run every method on every seed: the rows of those that finished, and of those that failed with their error.
 
     `report` is told each result, `failed` (None: the same) each failure; what happens inside a run goes to the logger
@@ -363,7 +321,7 @@ def study(args: Args, report: Report = print, failed: Report | None = None) -> t
     for method in chosen(args):
         for seed in range(args.seed, args.seed + args.seeds):
             try:
-                rows.append({**run_method(args, method, seed), "what": method.what})
+                rows.append({**run_method(args, method, seed, tracing, folder), "what": method.what})
             except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
                 reason = " ".join(str(error).split())
                 failures.append({"policy": method.name, "workload": workload_name(args.workload), "seed": seed, "error": reason})
@@ -376,6 +334,8 @@ def study(args: Args, report: Report = print, failed: Report | None = None) -> t
 def told(row: Row) -> str:
     """A row in one line: held-out measures, state, speed, peak."""
     parts = [f"{name} {row[name]:.4f}" for name in ("val_loss", "val_accuracy", "val_perplexity", "bleu") if name in row]
+    if row["best_val_loss"] is not None:
+        parts.append(f"best {row['best_val_loss']:.4f} at step {row['best_val_loss_step']}")
     parts.append(f"{row['state_bytes_peak']:,} bytes of state")
     for what in ("samples", "tokens"):
         if row[f"{what}_per_second"] is not None:
@@ -399,7 +359,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "val_loss": mean, "val_loss_se": spread / math.sqrt(len(mine)),
             **{m: sum(r.get(m, math.nan) for r in mine) / len(mine) for m in ("val_accuracy", "val_perplexity")},
             "state_bytes_peak": max(r["state_bytes_peak"] for r in mine), "adamw_bytes": mine[0]["adamw_bytes"],
-            **{m: mean_of(mine, m) for m in ("seconds", "samples_per_second", "tokens_per_second", "seconds_to_target")},
+            **{m: mean_of(mine, m) for m in ("seconds", "samples_per_second", "tokens_per_second", "seconds_to_target",
+                                            *(f"best_{name}" for name in BEST))},
             "peak_memory_bytes": max(r["peak_memory_bytes"] for r in mine),
         })  # fmt: skip
     return lines
@@ -407,19 +368,20 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def mean_of(rows: Sequence[Row], name: str) -> float | None:
     """The mean of a column; None where a row lacks it."""
-    values = [row[name] for row in rows]
-    return None if None in values else sum(values) / len(values)
+    values = [row.get(name) for row in rows]
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else sum(known) / len(known)
 
 
 def run_study(
-    args: Args, folder: Path, report: Report = print, failed: Report | None = None
+    args: Args, folder: Path, report: Report = print, failed: Report | None = None, tracing: Tracing = UNTRACED
 ) -> tuple[Path, list[Row], list[Row]]:
-    """Run a study and write `study.json` and `study.csv` into `folder`: the JSON's path, the rows, the failures."""
+    """Run a study and write `study.json`, `study.csv` (and traces) into `folder`: the JSON's path, the rows, the failures."""
     from train_policy.cli_support import write_json
     from train_policy.provenance import about
     from train_policy.report_data import write_csv
 
-    rows, failures = study(args, report, failed)
+    rows, failures = study(args, report, failed, tracing, folder)
     path = folder / "study.json"
     facts = {"kind": "study", "about": about(), "args": {**asdict(args), "workload": workload_name(args.workload)}}
     write_json(path, {**facts, "failures": failures, "summary": summary(rows), "rows": rows})
