@@ -6,10 +6,10 @@ Of SGD it is known that momentum is worth little where the gradient's noise, not
 2019, "Measuring the effects of data parallelism", sec. 4.3; Wang et al. 2024, "The marginal value of momentum for small learning
 rate SGD"). Here the same is asked of AdamW and Muon whose first moment is stored in fewer bits or not at all: a small model is
 trained for the same number of steps with batches of several sizes, the rate of every format tuned for itself on a seed of its own
-(factors of two, further ones while the best is at an edge; linear to zero, gradients clipped at norm 1). Gaps are per cent of
-held-out loss above full precision at *its* best rate, paired by seed. Beside them stands the gap at full precision's rate, which
-is what a user sees who changes the format and nothing else, and the gap of 16 bits: what rounding alone decides. The file is
-written after every format, and a repeated command goes on where it was.
+(factors of two, further ones while the best is at an edge; linear to zero, gradients clipped at norm 1; `match_lr=False`, so that
+no rate is changed but here). Gaps are per cent of held-out loss above full precision at *its* best rate, paired by seed. Beside
+them stands the gap at full precision's rate, which is what a user sees who changes the format and nothing else, and the gap of 16
+bits: what rounding alone decides. The file is written after every format, and a repeated command goes on where it was.
 """
 
 import math
@@ -26,7 +26,7 @@ import torch
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from experiments.tuning import tune
 from mango.config import LADDER
-from train_policy.evaluate import EvaluationArgs, start_run
+from mango_env.run import TrainingRun
 from train_policy.evaluation_rows import percent_above
 
 TUNING_SEED = 1000
@@ -71,12 +71,13 @@ class Case:
         loss = math.inf if run.diverged else run.evaluate()["val_loss"]
         return loss if math.isfinite(loss) else math.inf
 
-    def start(self, rung: str, lr: float | None, seed: int) -> Any:
-        settings = EvaluationArgs(
-            horizon=self.args.steps, interval=self.args.steps, lr=lr, rule=self.rule, schedule=self.args.schedule,
-            max_grad_norm=self.args.max_grad_norm, matrix_lr_scale=self.args.matrix_lr_scale if self.rule == "muon" else 1.0,
+    def start(self, rung: str, lr: float | None, seed: int) -> TrainingRun:
+        scale = self.args.matrix_lr_scale if self.rule == "muon" else 1.0
+        return TrainingRun(
+            f"{self.workload}+batch={self.batch}", seed, horizon=self.args.steps, interval=self.args.steps,
+            memory_budget=UNLIMITED, lr=lr, rule=self.rule, schedule=self.args.schedule, max_grad_norm=self.args.max_grad_norm,
+            policy=LADDER[LADDER.index(rung)], optimizer_options={"matrix_lr_scale": scale, "match_lr": False},
         )  # fmt: skip
-        return start_run(f"{self.workload}+batch={self.batch}", seed, UNLIMITED, LADDER[LADDER.index(rung)], settings)
 
 
 def measure(case: Case, rung: str) -> dict[str, Any]:
