@@ -57,8 +57,8 @@ def trained(seed: int, args: Args) -> dict[str, Any]:
     from mango_env.layer_vec_env import LayerVecEnv
 
     settings = ppo.PpoArgs(
-        total_timesteps=args.timesteps, rollout=384, batch_size=128, n_epochs=8, learning_rate=args.lr, critic_warmup=0,
-        target_kl=None, gamma=0.5, gae_lambda=0.5, seed=seed,
+        total_timesteps=args.timesteps, rollout=min(384, args.timesteps), batch_size=128, n_epochs=8, learning_rate=args.lr,
+        critic_warmup=0, target_kl=None, gamma=0.5, gae_lambda=0.5, seed=seed,
     )  # fmt: skip
     env = LayerVecEnv(args.workload, n_runs=2, horizon=args.steps, interval=args.interval, memory_budget=args.budget,
                       reward=REWARD, actions="rung", seeds=8, seed=seed)  # fmt: skip

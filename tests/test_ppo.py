@@ -68,7 +68,7 @@ def test_c8_ppo_beats_random_by_three_standard_errors_over_five_seeds(tmp_path: 
 
 
 def test_c22_the_spread_of_final_returns_over_seeds_is_published_and_none_is_nan(tmp_path: Path) -> None:
-    args = Args(workload="tests.tiny_workload:tiny", steps=8, interval=2, budget=1.2, seeds=2, judged=1, timesteps=64,
+    args = Args(workload="tests.tiny_workload:tiny", steps=8, interval=2, budget=1.2, seeds=2, judged=1, timesteps=32,
                 out=tmp_path / "ppo.json")  # fmt: skip
     found = json.loads(ppo_stability.train(args).read_text())
     finals = [run["final_return"] for run in found["runs"]]
