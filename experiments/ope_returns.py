@@ -164,11 +164,11 @@ def value(spec: str, budget: float, paid: str, cache: TrajectoryCache, args: Arg
 
 def spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     """The rank correlation; nan where one side does not vary."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
-    return float(spearmanr(left, right).statistic)
+    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
 def correlated(estimates: Sequence[float], real: NDArray[np.float64], draws: int = 1000) -> tuple[float, float, float]:
