@@ -12,6 +12,7 @@ and beside it stands that of one half of the real seeds with the other: more no 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from experiments.transfer import names
 from mango.config import LADDER
 from mango.networks import PolicyNetwork
 from mango.policies import FixedPolicy
-from mango.policy_file import FrozenPolicy, load_policy
+from mango.policy_file import load_policy
 from mango_env.cache import TrajectoryCache, build_cache
 from mango_env.reward import Reward
 from mango_env.run import TrainingRun
@@ -49,13 +50,15 @@ class Args:
     workload: str = "digits_mlp"
     rule: str = "adamw"
     budgets: str = "4.0,0.125"                          # of AdamW's state bytes; 4: none
+    fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m8v0,m8v8,full"     # rungs; those that fit are recorded and valued
     policies: str = "water-filling,demo,universal"      # beside fixed rungs that fit, and those learned here
     steps: int = 60
     interval: int = 10                                  # optimizer steps per decision
     drawn: int = 24                                     # runs of every random behaviour, each a seed
     fixed_seeds: int = 3                                # runs of every fixed rung
     seeds: int = 10                                     # of real runs
-    updates: int = 1000                                 # of fitted Q evaluation and of IQL
+    updates: int = 800                                  # of fitted Q evaluation and of IQL
+    batch_size: int = 128                               # of fitted Q evaluation, decisions
     epochs: int = 20                                    # of cloning
     root: Path = Path("runs/ope_returns")               # recorded runs and learned policies
     out: Path = Path("benchmarks/results/ope_returns.json")
@@ -66,9 +69,10 @@ class Args:
 
 
 def fitting_rungs(args: Args, budget: float) -> list[str]:
-    """The rungs that every layer can have at once."""
+    """Those of the rungs that every layer can have at once."""
     run = start_run(args.workload, 0, budget, "hold", args.run)
-    return [rung.name for rung in LADDER if run.optimizer.allocator.fits([rung] * len(run.layers))]
+    rungs = [(name, LADDER[LADDER.index(name)]) for name in names(args.fixed)]
+    return [name for name, rung in rungs if run.optimizer.allocator.fits([rung] * len(run.layers))]
 
 
 def record(args: Args, budget: float) -> TrajectoryCache:
@@ -86,18 +90,18 @@ def rescored(cache: TrajectoryCache, reward: Reward) -> TrajectoryCache:
     return replace(cache, columns={**cache.columns, "rewards": reward.combine(*terms)})
 
 
-def learned(name: str, cache: TrajectoryCache, root: Path, args: Args) -> FrozenPolicy:
-    """A policy learned from the runs: a clone of the best, or IQL from that clone."""
+def learned(name: str, cache: TrajectoryCache, root: Path, args: Args) -> Path:
+    """A policy learned from the runs, as a file: a clone of the best, or IQL from that clone."""
     path = root / f"{name}.safetensors"
     if not path.exists():
         if name == "bc":
             network = bc.train(PolicyNetwork("mlp", hidden=(64, 64)), cache, bc.BcArgs(epochs=args.epochs)).network
         else:
-            start = learned("bc", cache, root, args).network
+            start = load_policy(learned("bc", cache, root, args)).network
             network = offline.train(start, cache, offline.OfflineArgs(algo=name, updates=args.updates)).network
         root.mkdir(parents=True, exist_ok=True)
         save_checkpoint(network, path, head="rung", card={"stage": name, "training_data_digest": cache.digest})
-    return load_policy(path)
+    return path
 
 
 def allocation(policy: Any, obs: Tensor, run: TrainingRun) -> list[int]:
@@ -129,11 +133,11 @@ def decider_under_budget(policy: Any, cache: TrajectoryCache, run: TrainingRun) 
     return decide
 
 
-def real_returns(policy: Any, budget: float, seed: int, args: Args) -> dict[str, float]:
+@lru_cache(maxsize=1024)
+def real_returns(spec: str, budget: float, seed: int, args: Args) -> dict[str, float]:
     """What a run under the policy returns, mean over layers, by reward."""
-    run = start_run(args.workload, seed, budget, "hold", args.run)
+    run, policy = start_run(args.workload, seed, budget, "hold", args.run), policy_of(spec)
     found, twin = dict.fromkeys(REWARDS, 0.0), twin_of(run)
-    policy.reset()
     while not run.done:
         rungs = allocation(policy, torch.from_numpy(run.observe()), run)
         run.apply([LADDER[rung] for rung in rungs])
@@ -143,20 +147,20 @@ def real_returns(policy: Any, budget: float, seed: int, args: Args) -> dict[str,
     return found
 
 
-def value(spec: str, budget: float, paid: str, cache: TrajectoryCache, args: Args) -> dict[str, Any]:
+def value(name: str, budget: float, paid: str, cache: TrajectoryCache, args: Args) -> dict[str, Any]:
     """One policy under one budget and reward: its estimates, and the real returns by seed."""
     run = start_run(args.workload, 0, budget, "hold", args.run)
     own = args.root / f"budget-{budget:g}" / paid.replace(" ", "-")
-    policy = learned(spec, cache, own, args) if spec in LEARNED else policy_of(spec)
-    decide = decider_under_budget(policy, cache, run)
+    spec = str(learned(name, cache, own, args)) if name in LEARNED else name
+    decide = decider_under_budget(policy_of(spec), cache, run)
     starts = torch.from_numpy(cache.columns["observations"].take(cache.begins, 0))
-    q = fit_values(decide, cache, OpeArgs(updates=args.updates))
+    q = fit_values(decide, cache, OpeArgs(updates=args.updates, batch_size=args.batch_size))
     fqe = over_runs((decide(starts) * q(starts)).sum(1).numpy().astype(np.float64), cache).value
     assert fqe is not None
     weighted = importance_sampling(decide, cache)
-    real = [real_returns(policy, budget, FIRST_REAL_SEED + seed, args)[paid] for seed in range(args.seeds)]
+    real = [real_returns(spec, budget, FIRST_REAL_SEED + seed, args)[paid] for seed in range(args.seeds)]
     return {
-        "budget": budget, "reward": paid, "policy": spec, "fqe": fqe, "real": float(np.mean(real)),
+        "budget": budget, "reward": paid, "policy": name, "fqe": fqe, "real": float(np.mean(real)),
         "real_std": float(np.std(real, ddof=1)) if len(real) > 1 else None, "error": fqe - float(np.mean(real)),
         "importance": weighted.value, "importance_note": weighted.note, "real_by_seed": real,
     }  # fmt: skip
