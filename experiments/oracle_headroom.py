@@ -4,32 +4,34 @@
 
 At every decision the oracle (`train_policy/oracle.py`) tries every rung of every layer on a fork of the run, on the batches that
 will come, and the knapsack takes the allocation of least measured loss over the next interval. It chooses among the rungs that it
-is compared with, each of which has one run with that rung everywhere, at the best rate of full precision. Beside them stand
-`universal`, water-filling and, as the floor of the noise, a run at 16 bits without a budget: what two runs differ by that differ
-in rounding alone. What trials promised is compared with what the interval then brought. The file is written after every
-run, and a repeated command adds what is missing.
+is compared with, each of which has one run with that rung everywhere, at the best rate of full precision. That oracle sees one
+interval ahead; `hindsight` decides once, by the held-out loss at the end of runs in which one layer had another rung from the
+start. Both add up what layers gained alone; what that promised is compared with what the allocation then brought. Beside them
+stand `universal`, water-filling and, as the floor of the noise, a run at 16 bits without a budget: what two runs differ by
+that differ in rounding alone. The file is written after every run, and a repeated command adds what is missing.
 """
 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from experiments import transfer
 from experiments.transfer import names
-from mango.config import LADDER, Ladder
+from mango.config import LADDER, CompressionConfig, Ladder
 from mango_env.reward import Reward
 from mango_env.run import TrainingRun
 from mango_env.twin import score, twin_of
-from train_policy.gate import bootstrap_interval
-from train_policy.oracle import OraclePolicy
+from train_policy.oracle import UNBOUNDED, OraclePolicy, affordable
 
 LOSS_ALONE = Reward(beta=0.0, gamma=0.0)                # the budget is hard: what is left to decide is the loss
 
@@ -45,7 +47,7 @@ class Args:
     seeds: int = 3
     steps: int = 160
     interval: int = 40                                  # optimizer steps per decision
-    window: int = 1                                     # decisions that a trial lasts
+    oracles: str = "oracle,hindsight"
     schedule: str = "linear"
     max_grad_norm: float = 1.0
     matrix_lr_scale: float = 4.0                        # Muon's rate over AdamW's, as tuned in benchmarks/quality.py
@@ -63,32 +65,63 @@ class Args:
         )  # fmt: skip
 
 
-def oracle_run(facts: dict[str, Any], args: Args) -> dict[str, Any]:
-    """One run that the oracle decides; `facts`: what `transfer.FACTS` names."""
-    torch.set_num_threads(1)
+def begun(facts: dict[str, Any], args: Args) -> TrainingRun:
+    """A run at its start, which holds what it is told; its ladder are the rungs that are compared."""
     rungs = Ladder(tuple(LADDER[LADDER.index(name)] for name in names(args.fixed)))
-    options = {"ladder": rungs} | ({"matrix_lr_scale": args.matrix_lr_scale} if facts["rule"] == "muon" else {})
-    run = TrainingRun(
+    return TrainingRun(
         facts["workload"], facts["seed"], horizon=args.steps, interval=args.interval, memory_budget=facts["budget"],
         lr=facts["lr"], rule=facts["rule"], schedule=args.schedule, max_grad_norm=args.max_grad_norm or None,
-        optimizer_options=options,
+        optimizer_options={"ladder": rungs} | ({"matrix_lr_scale": args.matrix_lr_scale} if facts["rule"] == "muon" else {}),
     )  # fmt: skip
-    oracle, twin, began = OraclePolicy(LOSS_ALONE, args.window), twin_of(run), time.process_time()
+
+
+def hindsight(run: TrainingRun) -> Tensor:
+    """Scores (L, R): minus 100 log of the held-out loss at the end, where one layer has one rung from here on."""
+    fork, start, held, allowed = run.fork(), run.snapshot(), list(run.optimizer.applied), affordable(run)
+    fork.optimizer.budget.total = UNBOUNDED
+
+    def outcome(configs: list[CompressionConfig]) -> float:
+        fork.restore(start)
+        fork.apply(configs)
+        while not fork.done:
+            fork.advance()
+        return -math.inf if fork.diverged else -100 * math.log(fork.evaluate()["val_loss"])
+
+    scores = np.where(allowed, outcome(held), -np.inf)
+    for layer, rung in np.argwhere(allowed).tolist():
+        other = run.optimizer.ladder[rung]
+        if other != held[layer]:
+            scores[layer, rung] = outcome([*held[:layer], other, *held[layer + 1 :]])
+    return torch.from_numpy(scores)
+
+
+def oracle_run(facts: dict[str, Any], args: Args) -> dict[str, Any]:
+    """One run that an oracle decides; `facts`: what `transfer.FACTS` names. Gains over holding what was held are in per cent."""
+    torch.set_num_threads(1)
+    run, oracle, began = begun(facts, args), OraclePolicy(LOSS_ALONE), time.process_time()
+    ladder, twin, ahead = run.optimizer.ladder, twin_of(run), facts["policy"] == "oracle"
     peak, decisions, promised, brought = run.optimizer.state_bytes(), [], list[float](), list[float]()
     while not run.done:
-        held = [rungs.index(config.name) if config in tuple(rungs) else -1 for config in run.optimizer.applied]
-        scores = oracle.decide(run)
-        picked = [rungs.index(config.name) for config in run.apply(scores)]
+        held, expected = list(run.optimizer.applied), None
+        if ahead or not decisions:
+            scores = 100 * oracle.decide(run) if ahead else hindsight(run)
+            picked = [ladder.index(config.name) for config in run.apply(scores)]
+            decisions.append([ladder.names[rung] for rung in picked])
+            if all(config in tuple(ladder) for config in held):          # a trial of holding them stands in every layer's row
+                before = [float(scores[layer, ladder.index(config.name)]) for layer, config in enumerate(held)]
+                expected = before[0]
+                promised.append(sum(float(scores[layer, rung]) - before[layer] for layer, rung in enumerate(picked)))
         interval = run.advance()
         peak = max(peak, interval.state_bytes_peak)
-        decisions.append([rungs.names[rung] for rung in picked])
-        if min(held) >= 0 and args.window == 1:          # a trial of what was held stands in every layer's row
-            gains = [scores[layer, rung] - scores[layer, held[layer]] for layer, rung in enumerate(picked)]
-            promised.append(100 * float(sum(gains)))
-            brought.append(100 * (score(LOSS_ALONE, interval, twin).reward - float(scores[0, held[0]])))
+        if ahead and expected is not None:
+            brought.append(100 * score(LOSS_ALONE, interval, twin).reward - expected)
+        elif expected is not None:
+            baseline = expected
     measures, problem = run.evaluate_or_error()
     loss = measures.get("val_loss", math.nan)
     failed = run.diverged or not math.isfinite(loss)
+    if not ahead and promised and not failed:
+        brought.append(-100 * math.log(loss) - baseline)
     return facts | {
         "budget_bytes": run.budget, "state_bytes_peak": peak, "val_loss": None if failed else loss, "val_loss_adamw": None,
         "val_loss_full": twin.evaluation.get("val_loss"), "status": "diverged" if failed else "ok",
@@ -99,75 +132,66 @@ def oracle_run(facts: dict[str, Any], args: Args) -> dict[str, Any]:
 
 
 def jobs(args: Args, runs: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The oracle's runs that are missing, seed by seed."""
+    """The oracles' runs that are missing, seed by seed."""
     lr = {(row["workload"], row["rule"]): row["lr"] for row in rates}
+    every = (names(args.workloads), names(args.rules), names(args.budgets), names(args.oracles))
     for seed in range(args.seeds):
-        for work in names(args.workloads):
-            for rule in names(args.rules):
-                for budget in map(float, names(args.budgets)):
-                    facts = {"workload": work, "rule": rule, "lr": lr[work, rule], "seed": seed, "policy": "oracle",
-                             "weights": "", "budget": budget}  # fmt: skip
-                    if transfer.possible(work, rule, budget) and find_run(runs, facts) is None:
-                        yield facts
+        for work, rule, budget, oracle in product(*every):
+            facts = {"workload": work, "rule": rule, "lr": lr[work, rule], "seed": seed, "policy": oracle, "weights": "",
+                     "budget": float(budget)}  # fmt: skip
+            if transfer.possible(work, rule, float(budget)) and find_run(runs, facts) is None:
+                yield facts
 
 
 def cases(runs: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
-    """Per workload, rule and budget: mean gaps to full precision in per cent; `headroom` is best fixed minus oracle."""
-    cells = transfer.cells(runs, args.study)
+    """Per workload, rule and budget: mean gaps to full precision in per cent, of fixed rungs that of the best that fits.
+
+    One row per oracle; `headroom` is the best fixed rung's gap minus the oracle's, on the oracle's seeds.
+    """
     found = []
-    for key in dict.fromkeys((row["workload"], row["rule"], row["budget"]) for row in cells if row["policy"] == "oracle"):
-        at = {row["policy"]: row for row in cells if (row["workload"], row["rule"], row["budget"]) == key}
-        mine = [run for run in runs if (run["workload"], run["rule"]) == key[:2]]
+    for work, rule, size, oracle in product(names(args.workloads), names(args.rules), names(args.budgets), names(args.oracles)):
+        mine = [run for run in runs if (run["workload"], run["rule"]) == (work, rule)]
+        trials = [run for run in mine if run["policy"] == oracle and run["budget"] == float(size)]
+        seeds = {run["seed"] for run in trials}
+        cells = transfer.cells([run for run in mine if run["seed"] in seeds], replace(args.study, workloads=work, rules=rule))
+        at = {row["policy"]: row for row in cells if row["budget"] == float(size)}
+        if oracle not in at:
+            continue
+        rung = at[oracle]["best_fixed"]
+        fixed = {run["seed"]: transfer.gap(run) for run in mine if run["policy"] == f"fixed:{rung}"}
+        pairs = [(fixed.get(run["seed"]), transfer.gap(run)) for run in trials]
         noise = [transfer.gap(run) for run in mine if run["policy"] == f"fixed:{args.noise}"]
-        trials = [run for run in mine if run["policy"] == "oracle" and run["budget"] == key[2]]
-        known = [value for value in noise if value is not None]
-        best = at["oracle"]
         found.append({
-            "workload": key[0], "rule": key[1], "budget": key[2], "seeds": best["seeds"], "oracle": best["gap_percent"],
-            "best_fixed": best["best_fixed"], "best_fixed_gap": best["best_fixed_gap_percent"],
+            "workload": work, "rule": rule, "budget": float(size), "oracle": oracle, "seeds": at[oracle]["seeds"],
+            "gap": at[oracle]["gap_percent"], "best_fixed": rung, "best_fixed_gap": at[oracle]["best_fixed_gap_percent"],
+            "headroom": [theirs - ours for theirs, ours in pairs if theirs is not None and ours is not None],
             **{policy: at[policy]["gap_percent"] for policy in names(args.policies) if policy in at},
-            "headroom": _minus(best["difference"]), "headroom_by_seed": by_seed(runs, key, best["best_fixed"]),
-            "noise": math.sqrt(fmean(value**2 for value in known)) if known else None,
+            "noise": _rms([value for value in noise if value is not None]),
             "promised": _mean([value for run in trials for value in run["promised"]]),
             "brought": _mean([value for run in trials for value in run["brought"]]),
-            "oracle_cpu_seconds": _mean([run["cpu_seconds"] for run in trials]),
-            "failed": sum(row["failed"] for row in at.values()),
+            "cpu_seconds": _mean([run["cpu_seconds"] for run in trials]), "failed": at[oracle]["failed"],
         })  # fmt: skip
     return found
-
-
-def by_seed(runs: Sequence[dict[str, Any]], key: tuple[str, str, float], rung: str | None) -> list[float]:
-    """The best fixed rung's gap minus the oracle's, for every seed that has both."""
-    mine = [run for run in runs if (run["workload"], run["rule"]) == key[:2]]
-    fixed = {run["seed"]: transfer.gap(run) for run in mine if run["policy"] == f"fixed:{rung}"}
-    oracle = {run["seed"]: transfer.gap(run) for run in mine if run["policy"] == "oracle" and run["budget"] == key[2]}
-    pairs = [(fixed.get(seed), value) for seed, value in sorted(oracle.items())]
-    return [theirs - ours for theirs, ours in pairs if theirs is not None and ours is not None]
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per rule and budget, and over all: the head-room's mean over cases and seeds, its bootstrap interval, the noise."""
-    groups = [(rule, budget) for rule in dict.fromkeys(row["rule"] for row in rows)
-              for budget in dict.fromkeys(row["budget"] for row in rows)]  # fmt: skip
+    """Per oracle, rule and budget: the head-room's mean over workloads and seeds, its extremes, the noise, and the policies'."""
     found = []
-    for rule, budget in [*groups, ("all", None)]:
-        here = [row for row in rows if budget is None or (row["rule"], row["budget"]) == (rule, budget)]
-        each = [value for row in here for value in row["headroom_by_seed"]]
-        noise = [row["noise"] for row in here if row["noise"] is not None]
-        if not each:
-            continue
-        low, high = bootstrap_interval(each) if len(each) > 1 else (None, None)
-        found.append({
-            "rule": rule, "budget": budget, "pairs": len(each), "headroom": float(np.mean(each)), "low": low, "high": high,
-            "noise": math.sqrt(fmean(value**2 for value in noise)) if noise else None,
-            "oracle": _mean([row["oracle"] for row in here if row["oracle"] is not None]),
-            "best_fixed": _mean([row["best_fixed_gap"] for row in here if row["best_fixed_gap"] is not None]),
-        })  # fmt: skip
+    for key in dict.fromkeys((row["oracle"], row["rule"], row["budget"]) for row in rows):
+        here = [row for row in rows if (row["oracle"], row["rule"], row["budget"]) == key]
+        each = [value for row in here for value in row["headroom"]]
+        known = [row["noise"] for row in here if row["noise"] is not None]
+        if each:
+            found.append({
+                "oracle": key[0], "rule": key[1], "budget": key[2], "pairs": len(each), "headroom": fmean(each),
+                "least": min(each), "most": max(each), "noise": _rms(known),
+                "gap": _mean([row["gap"] for row in here]), "best_fixed_gap": _mean([row["best_fixed_gap"] for row in here]),
+            })  # fmt: skip
     return found
 
 
-def _minus(value: float | None) -> float | None:
-    return None if value is None else -value
+def _rms(values: Sequence[float]) -> float | None:
+    return math.sqrt(fmean(value**2 for value in values)) if values else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -203,7 +227,8 @@ def train(args: Args) -> Path:
             break
         runs.append(oracle_run(facts, args) | {"commit": head["commit"]})
         keep()
-        print("{workload} {rule} seed {seed} budget {budget}: {val_loss} ({cpu_seconds:.0f} s)".format(**runs[-1]), flush=True)
+        told = "{policy}, {workload} {rule} at {budget}, seed {seed}: {val_loss}, {cpu_seconds:.0f} s"
+        print(told.format(**runs[-1]), flush=True)
     keep()
     for row in totals(cases(runs, args)):
         print(row)

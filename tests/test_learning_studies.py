@@ -1,6 +1,7 @@
 """What can be learned at all: the studies of the oracle's head-room, of estimated returns, of other trunks."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -41,12 +42,25 @@ def test_head_room_is_what_the_oracle_saves_of_the_best_rung_that_fits_and_noise
     runs += [run("oracle", seed, 1.01 + 0.02 * seed, 0.125, **trials) for seed in range(2)]
     runs += [run("water-filling", seed, 1.02, 0.125) for seed in range(2)]
     (case,) = oracle_headroom.cases(runs, replace(HEADROOM, seeds=2))
-    assert case["best_fixed"] == "m4v0" and case["best_fixed_gap"] == pytest.approx(6.0)
-    assert case["oracle"] == pytest.approx(2.0) and case["headroom"] == pytest.approx(4.0)
+    assert case["best_fixed"] == "m4v0" and case["best_fixed_gap"] == pytest.approx(6.0) and case["oracle"] == "oracle"
+    assert case["gap"] == pytest.approx(2.0) and case["headroom"] == pytest.approx([4.0, 4.0])
     assert case["noise"] == pytest.approx((0.5 * (3.0**2 + 4.0**2)) ** 0.5)        # both ways of differing are noise
     assert case["promised"] == pytest.approx(3.0) and case["brought"] == pytest.approx(1.0) and case["failed"] == 0
-    one, everything = oracle_headroom.totals([case])
-    assert one["pairs"] == 2 and one["low"] <= one["headroom"] <= one["high"] and everything["rule"] == "all"
+    (total,) = oracle_headroom.totals([case])
+    assert total["pairs"] == 2 and total["headroom"] == total["most"] == pytest.approx(4.0)
+
+
+def test_hindsight_scores_are_losses_at_the_end_and_leave_the_run_as_it_was() -> None:
+    facts = {"workload": "digits_mlp", "rule": "adamw", "seed": 0, "lr": 2e-3, "budget": 0.125, "policy": "hindsight"}
+    run = oracle_headroom.begun(facts, HEADROOM)
+    held = list(run.optimizer.applied)
+    scores = oracle_headroom.hindsight(run)
+    assert run.t == 0 and run.optimizer.applied == held and scores.shape == (3, 2)
+    alone = oracle_headroom.begun(facts, HEADROOM)
+    while not alone.done:
+        alone.advance()
+    kept = [scores[layer, run.optimizer.ladder.index(config.name)] for layer, config in enumerate(held)]
+    assert kept == pytest.approx([-100 * math.log(alone.evaluate()["val_loss"])] * 3) and len(set(scores.flatten().tolist())) > 1
 
 
 def test_the_oracles_study_runs_within_its_budget_and_goes_on(tmp_path: Path) -> None:
@@ -54,11 +68,13 @@ def test_the_oracles_study_runs_within_its_budget_and_goes_on(tmp_path: Path) ->
     oracle_headroom.train(args)
     kept = json.loads(args.out.read_text())
     assert sorted(one["policy"] for one in kept["runs"]) == [
-        "fixed:m0v0", "fixed:m16v16", "fixed:m4v0", "oracle", "water-filling"
+        "fixed:m0v0", "fixed:m16v16", "fixed:m4v0", "hindsight", "oracle", "water-filling"
     ]  # fmt: skip
-    oracle = next(one for one in kept["runs"] if one["policy"] == "oracle")
-    assert oracle["within_budget"] and {rung for row in oracle["decisions"] for rung in row} <= {"m0v0", "m4v0"}
-    assert len(oracle["promised"]) == len(oracle["brought"]) and min(oracle["promised"]) > -1e-9
+    for name, decisions in (("oracle", 2), ("hindsight", 1)):
+        found = next(one for one in kept["runs"] if one["policy"] == name)
+        assert found["within_budget"] and {rung for row in found["decisions"] for rung in row} <= {"m0v0", "m4v0"}
+        assert len(found["decisions"]) == decisions and len(found["promised"]) == len(found["brought"])
+        assert min(found["promised"]) > -1e-9
     assert kept["cases"][0]["noise"] < 1.0
     oracle_headroom.train(args)
     assert json.loads(args.out.read_text())["runs"] == kept["runs"]          # times too: nothing was run again
