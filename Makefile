@@ -52,7 +52,7 @@ readme: $(READY)     ## fill the README's results from benchmarks/results and de
 bench: $(READY)      ## the benchmarks, one after another; results go to benchmarks/results
 	@set -e; for program in $$(grep -l __main__ benchmarks/*.py); do echo "== $$program"; $(BIN)/python -m "benchmarks.$$(basename $$program .py)"; done
 
-compare: $(READY)    ## every optimizer on one bench: tables, figures, a page in runs/compare (a quarter of an hour)
+compare: $(READY)    ## every optimizer on one bench: tables, figures, a page in runs/compare (20 minutes)
 	$(BIN)/python -m experiments.compare --scale small --out runs/compare
 
 policies: $(READY)   ## the shipped policy from seeds: record, learn, gate, freeze, evaluate (hours); needs MANGO_DATA

@@ -1,6 +1,6 @@
 """Every method on one bench: the same models, data, seeds and byte accounting, each at its own best rate.
 
-    python -m experiments.compare --scale small --out runs/compare           # a quarter of an hour on 2 cores
+    python -m experiments.compare --scale small --out runs/compare           # 20 minutes on 2 idle cores
     python -m experiments.compare --scale full --domains language --methods adamw,galore,mango --seeds 5
 
 One table per domain (vision, language, finetuning). Of every method of `experiments/baseline_optimizers.py` the rate is tuned
