@@ -2,7 +2,7 @@
 
     python -m experiments.ablations --out benchmarks/results/ablations.json
 
-    allocation      a learned policy against heuristics and one fixed rung for all layers, in the same budget
+    allocation      a learned policy against heuristics and one fixed rung for all layers, in the same budgets
     low_rank        moments in a subspace of rank 32 or 8 against whole ones, at three precisions, in all layers
     error_feedback  gradients in 2 bits, or a hundredth of their entries: no feedback, error feedback, EF21, MARINA, momentum
                     correction, against whole gradients; moments in full precision
@@ -41,7 +41,7 @@ class Args:
     workloads: str = "digits_cnn,source_lm+batch=8"     # comma-separated
     tables: str = "allocation,low_rank,error_feedback"  # which
     policy: str = "universal"                           # the learned one: a shipped name or a path
-    budget: float = 0.0625                              # of AdamW's bytes, where policies allocate
+    budgets: str = "0.0625,0.125"                       # of AdamW's bytes, where policies allocate
     seeds: int = 5                                      # runs per method
     steps: int = 120                                    # optimizer steps of each
     rates: str = "0.5,1,2,4"                            # tried: times the workload's own rate; one is taken untried
@@ -53,14 +53,18 @@ class Line:
     """A row of a table."""
 
     method: Method
-    reference: str                                      # the method it is compared with
+    reference: str                                      # the method it is compared with, in the same budget
+    budget: float | None = None                         # None: no limit
 
 
 def allocation(args: Args, workload: str) -> list[Line]:
-    fixed = run_study.largest_rung(run_study.Args(workload=workload, budget=args.budget, steps=args.steps))
-    deciders = {"learned": args.policy, "water-filling": "water-filling", "adaptive": "adaptive", "scheduled": "scheduled",
-                "random": "random", "one rung": fixed}  # fmt: skip
-    return [Line(Method(name, "", policy=policy), "learned") for name, policy in deciders.items()]
+    lines = []
+    for budget in map(float, args.budgets.split(",")):
+        fixed = run_study.largest_rung(run_study.Args(workload=workload, budget=budget, steps=args.steps))
+        deciders = {"learned": args.policy, "water-filling": "water-filling", "adaptive": "adaptive", "scheduled": "scheduled",
+                    "random": "random", "one rung": fixed}  # fmt: skip
+        lines += [Line(Method(name, "", policy=policy), "learned", budget) for name, policy in deciders.items()]
+    return lines
 
 
 def low_rank(args: Args, workload: str) -> list[Line]:
@@ -114,67 +118,67 @@ class Study:
                   for name in self.args.tables.split(",")}  # fmt: skip
         write(self.args.out, self.head | tables | {"runs": self.runs})
 
-    def facts(self, table: str, workload: str, method: Method, seed: int) -> Row:
-        policy = {"policy": self.args.policy, "budget": self.args.budget} if table == "allocation" else {}
-        return {"table": table, "workload": workload, "method": method.name, "seed": seed, "steps": self.args.steps,
-                "rates": self.args.rates, "policy": None, "budget": None} | policy  # fmt: skip
+    def facts(self, table: str, workload: str, line: Line, seed: int) -> Row:
+        return {"table": table, "workload": workload, "method": line.method.name, "seed": seed, "steps": self.args.steps,
+                "rates": self.args.rates, "policy": self.args.policy if line.budget else None, "budget": line.budget}  # fmt: skip
 
-    def get(self, table: str, workload: str, method: Method, seed: int, lr: float) -> Row:
+    def get(self, table: str, workload: str, line: Line, seed: int, lr: float) -> Row:
         """A run, done now unless it was before; one that fails has no loss."""
-        facts = self.facts(table, workload, method, seed) | {"lr": lr}
+        facts = self.facts(table, workload, line, seed) | {"lr": lr}
         if before := find_run(self.runs, facts):
             return before
-        args = run_study.Args(workload=workload, steps=self.args.steps, budget=self.args.budget, learning_rate=lr)
+        args = run_study.Args(workload=workload, steps=self.args.steps, budget=line.budget or 1.0, learning_rate=lr)
         try:
-            done = run_method(args, method, seed)
+            done = run_method(args, line.method, seed)
             numel = done["adamw_bytes"] / 8
             told = {"val_loss": done["val_loss"], "state_bytes_per_param": done["state_bytes_peak"] / numel, "message": ""}
         except RuntimeError as error:
             told = {"val_loss": None, "state_bytes_per_param": None, "message": one_line(error)}
         self.runs.append(facts | told)
         self.save()
-        print(f"{table} {workload} {method.name} seed {seed} lr {lr:g}: {told['val_loss'] or told['message']}", flush=True)
+        what = f"{table} {workload} {line.method.name} {line.budget or ''} seed {seed} lr {lr:g}"
+        print(f"{what}: {told['val_loss'] or told['message']}", flush=True)
         return self.runs[-1]
 
-    def loss(self, table: str, workload: str, method: Method, lr: float) -> float:
+    def loss(self, table: str, workload: str, line: Line, lr: float) -> float:
         """Of the tuning seed; infinite where the run fails."""
-        found = self.get(table, workload, method, TUNING_SEED, lr)["val_loss"]
+        found = self.get(table, workload, line, TUNING_SEED, lr)["val_loss"]
         return math.inf if found is None else float(found)
 
     def all(self) -> None:
         """Tunes every method, then runs all of them seed by seed."""
         multiples = [float(one) for one in self.args.rates.split(",")]
-        rates: dict[tuple[str, str, str], float] = {}
+        plan: list[tuple[str, str, Line, float]] = []
         for (table, workload), lines in self.lines.items():
             own = float(getattr(make_workload(workload, 0), "lr", DEFAULT_LR))
             for line in lines:
-                tuned = tune(own, multiples, partial(self.loss, table, workload, line.method), further=2)
-                rates[table, workload, line.method.name] = tuned.lr
+                tuned = tune(own, multiples, partial(self.loss, table, workload, line), further=2)
+                plan.append((table, workload, line, tuned.lr))
         for seed in range(self.args.seeds):
-            for (table, workload), lines in self.lines.items():
-                for line in lines:
-                    self.get(table, workload, line.method, seed, rates[table, workload, line.method.name])
+            for table, workload, line, lr in plan:
+                self.get(table, workload, line, seed, lr)
         self.save()
 
     def table(self, table: str, workload: str) -> list[Row]:
         """Its rows, of the seeds that are done."""
 
-        def losses(method: Method) -> dict[int, Row]:
-            wanted = self.facts(table, workload, method, 0).items() - {("seed", 0)}
+        def losses(line: Line) -> dict[int, Row]:
+            wanted = self.facts(table, workload, line, 0).items() - {("seed", 0)}
             return {run["seed"]: run for run in self.runs
                     if run["seed"] != TUNING_SEED and wanted <= run.items() and run["val_loss"] is not None}  # fmt: skip
 
         lines = self.lines[table, workload]
-        found = {line.method.name: losses(line.method) for line in lines}
+        found = {(line.method.name, line.budget): losses(line) for line in lines}
         rows = []
         for line in lines:
-            mine, theirs = found[line.method.name], found[line.reference]
+            mine, theirs = found[line.method.name, line.budget], found[line.reference, line.budget]
             if len(mine) < 2:
                 continue
             values = [run["val_loss"] for run in mine.values()]
             above = [100 * (run["val_loss"] / theirs[seed]["val_loss"] - 1) for seed, run in mine.items() if seed in theirs]
             rows.append({
-                "workload": workload, "method": line.method.name, "seeds": len(mine), "lr": next(iter(mine.values()))["lr"],
+                "workload": workload, **({"budget": line.budget} if line.budget else {}), "method": line.method.name,
+                "seeds": len(mine), "lr": next(iter(mine.values()))["lr"],
                 "state_bytes_per_param": max(run["state_bytes_per_param"] for run in mine.values()),
                 "val_loss": fmean(values), "val_loss_se": error_of_mean(values), "reference": line.reference,
                 "percent_above": fmean(above) if above else None,
@@ -193,9 +197,9 @@ def train(args: Args) -> Path:
     study.all()
     for place in study.lines:
         for row in study.table(*place):
-            print(f"{row['workload']:20s} {row['method']:32s} {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}"
-                  f" {row['percent_above']:+6.2f} +- {row['percent_above_se']:.2f} %"
-                  f" {row['state_bytes_per_param']:.3f} B/param, rate {row['lr']:g}")  # fmt: skip
+            where = f"{row['workload']:20s} {row.get('budget', ''):<7} {row['method']:32s}"
+            print(f"{where} {row['val_loss']:.4f} +- {row['val_loss_se']:.4f} {row['percent_above']:+6.2f} +-"
+                  f" {row['percent_above_se']:.2f} % {row['state_bytes_per_param']:.3f} B/param, rate {row['lr']:g}")  # fmt: skip
     return args.out
 
 

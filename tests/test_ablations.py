@@ -16,7 +16,7 @@ TINY = "tests.tiny_workload:tiny"
 
 
 def test_f19_three_tables_have_means_with_standard_errors_and_gaps_that_are_paired(tmp_path: Path) -> None:
-    args = Args(workloads=TINY, budget=1.5, seeds=2, steps=3, rates="1,2", out=tmp_path / "ablations.json")
+    args = Args(workloads=TINY, budgets="1.5", seeds=2, steps=3, rates="1,2", out=tmp_path / "ablations.json")
     ablations.train(args)
     found = json.loads(args.out.read_text())
     assert {"command", "commit", "hardware", "versions", "args"} <= set(found)
