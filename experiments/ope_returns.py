@@ -175,7 +175,9 @@ def spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
-def correlated(estimates: Sequence[float], real: NDArray[np.float64], draws: int = 1000) -> tuple[float, float, float]:
+def correlated(
+    estimates: Sequence[float] | NDArray[np.float64], real: NDArray[np.float64], draws: int = 1000
+) -> tuple[float, float, float]:
     """The rank correlation of estimates (P,) with mean returns of real (P, S), and its 95 % interval over policies and seeds."""
     rng, known = np.random.default_rng(0), np.asarray(estimates, np.float64)
     found = []
