@@ -16,13 +16,16 @@ of that moment:
                   kind and never saw `fashion_vit`
 
 Both sides are means over seeds, then ranked over layers: Spearman's correlation, with its interval from drawing seeds again
-(bootstrap, 95 %). "repeats" is the same correlation of the measured losses of one half of the seeds with the other's, which no
-prediction can be expected to exceed by much. The file is written after every moment, and a repeated command goes on where it was.
+(bootstrap, 95 %); beside it that with the size of what was measured, whatever its sign. "losing" is the share of layers whose
+loss did rise: in short windows a coarse moment often lowers the loss. "repeats" is the same correlation of the measured losses
+of one half of the seeds with the other's, which no prediction can be expected to exceed by much. The file is written after every
+moment, and a repeated command goes on where it was.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,24 +149,38 @@ def cells(runs: Sequence[Row]) -> list[Row]:
             if len(mine) < 2 or not np.isfinite(measured).all():
                 continue
             facts = dict(zip(("workload", "rule", "moment"), place, strict=True)) | {"rung": rung, "seeds": len(mine)}
-            facts |= {"least_percent": float(measured.mean(0).min()), "most_percent": float(measured.mean(0).max()),
+            mean = measured.mean(0)
+            facts |= {"least_percent": float(mean.min()), "most_percent": float(mean.max()), "losing": float((mean > 0).mean()),
                       "repeats": repeats(measured)}  # fmt: skip
             for name in mine[0]["predicted"][rung]:
                 predicted = np.array([r["predicted"][rung][name] for r in mine])
-                found.append(facts | {"predictor": name} | correlate(predicted, measured))
+                size = {"spearman_of_size": float(spearman(predicted.mean(0), np.abs(mean)))}
+                found.append(facts | {"predictor": name} | correlate(predicted, measured) | size)
     return found
 
 
+def _has(name: str, value: str, row: Row) -> bool:
+    return bool(row[name] == value)
+
+
 def over_cells(found: Sequence[Row]) -> list[Row]:
-    """Per predictor and rung, and over all: the mean correlation of its cells, and in how many it is above one half."""
+    """Per predictor: the mean correlation of its cells, and in how many it is above one half; of all cells, and of parts."""
+    parts: dict[str, Callable[[Row], bool]] = {
+        "all": lambda row: True, **{rung: partial(_has, "rung", rung) for rung in dict.fromkeys(row["rung"] for row in found)},
+        **{rule: partial(_has, "rule", rule) for rule in dict.fromkeys(row["rule"] for row in found)},
+        "most layers lose": lambda row: bool(row["losing"] > 0.5),
+    }  # fmt: skip
     rows = []
     for predictor in dict.fromkeys(row["predictor"] for row in found):
-        for rung in ("all", *dict.fromkeys(row["rung"] for row in found)):
-            mine = [row for row in found if row["predictor"] == predictor and rung in ("all", row["rung"])]
+        for part, belongs in parts.items():
+            mine = [row for row in found if row["predictor"] == predictor and belongs(row)]
+            if not mine:
+                continue
             values = [row["spearman"] for row in mine]
             rows.append({
-                "predictor": predictor, "rung": rung, "cells": len(values), "mean_spearman": float(np.mean(values)),
+                "predictor": predictor, "part": part, "cells": len(values), "mean_spearman": float(np.mean(values)),
                 "least": min(values), "most": max(values), "above_one_half": sum(value > 0.5 for value in values),
+                "mean_of_size": float(np.mean([row["spearman_of_size"] for row in mine])),
                 "proven_above_zero": sum(row["low"] > 0 for row in mine),
                 "repeats": float(np.mean([row["repeats"] for row in mine])),
             })  # fmt: skip
@@ -199,8 +216,8 @@ def train(args: Args, report: Callable[[str], None] = print) -> Path:
                         report(f"{workload} {rule} seed {seed} {name}: loss {runs[-1]['loss']:.4f}")
     save()
     for row in over_cells(cells(runs)):
-        report(f"{row['predictor']:14s} {row['rung']:5s} {row['mean_spearman']:+.2f} [{row['least']:+.2f}, {row['most']:+.2f}] of"
-               f" {row['cells']} cells, {row['above_one_half']} above 0.5, repeats at {row['repeats']:+.2f}")  # fmt: skip
+        report(f"{row['predictor']:14s} {row['part']:16s} {row['mean_spearman']:+.2f} [{row['least']:+.2f}, {row['most']:+.2f}]"
+               f" of {row['cells']} cells, {row['above_one_half']} above 0.5, repeats at {row['repeats']:+.2f}")  # fmt: skip
     return args.out
 
 
