@@ -175,12 +175,9 @@ def spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
-def correlated(
-    estimates: Sequence[float] | NDArray[np.float64], real: NDArray[np.float64], draws: int = 1000
-) -> tuple[float, float, float]:
-    """The rank correlation of estimates (P,) with mean returns of real (P, S), and its 95 % interval over policies and seeds."""
-    rng, known = np.random.default_rng(0), np.asarray(estimates, np.float64)
-    found = []
+def correlated(known: NDArray[np.float64], real: NDArray[np.float64], draws: int = 1000) -> tuple[float, float, float]:
+    """The rank correlation of estimates (P,) with the means of real returns (P, S); its 95 % interval over policies and seeds."""
+    rng, found = np.random.default_rng(0), list[float]()
     for _ in range(draws):
         policies, seeds = rng.integers(len(known), size=len(known)), rng.integers(real.shape[1], size=real.shape[1])
         found.append(spearman(known[policies], real[policies][:, seeds].mean(1)))

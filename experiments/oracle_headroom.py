@@ -100,7 +100,8 @@ def oracle_run(facts: dict[str, Any], args: Args) -> dict[str, Any]:
     torch.set_num_threads(1)
     run, oracle, began = begun(facts, args), OraclePolicy(LOSS_ALONE), time.process_time()
     ladder, twin, ahead = run.optimizer.ladder, twin_of(run), facts["policy"] == "oracle"
-    peak, decisions, promised, brought = run.optimizer.state_bytes(), list[Any](), list[float](), list[float]()
+    peak, decisions = run.optimizer.state_bytes(), list[list[str]]()
+    promised, brought = list[float](), list[float]()
     while not run.done:
         held, expected = list(run.optimizer.applied), None
         if ahead or not decisions:

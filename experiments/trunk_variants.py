@@ -146,8 +146,8 @@ def fidelity(
             limit = MemoryBudget(int(budget * adamw), fixed)
             if int(nbytes.min(1).sum()) <= limit.available:
                 for truth, mine, often in zip(*said, strict=True):
-                    best, own, repeated = (limit.allocate(one, nbytes) for one in (truth, mine, often))
-                    values = compared(truth, best, own, repeated, nbytes.argmin(1))
+                    best, own, again = (limit.allocate(one, nbytes) for one in (truth, mine, often))
+                    values = compared(truth, best, own, again, nbytes.argmin(1))
                     for name, value in zip(MEASURES, values, strict=True):
                         found[budget][name].append(value)
     means = {budget: {name: fmean(values) for name, values in one.items() if values} for budget, one in found.items()}
