@@ -6,8 +6,10 @@ Runs of one small model are recorded under random, designed and fixed behaviours
 water-filling, the shipped policies, a clone and an IQL policy learned from the same runs are valued by `train_policy/ope.py`;
 then each decides real runs of other seeds, from their first step on, as in the store. Under a budget the action that is
 valued is what the knapsack gives the layer beside the other layers of the recorded run. Returns count the default reward, or
-its loss term alone, in which case the policies are learned anew. The rank correlation has an interval over policies and seeds,
-and beside it stands that of one half of the real seeds with the other: more no estimate can reach.
+its loss term alone, in which case the policies are learned anew. Importance sampling needs behaviours that tell their
+probabilities, so it gets runs of its own, in which some of the policies explore, without a budget. The rank correlation has
+an interval over policies and seeds, and beside it stands that of one half of the real seeds with the other: more no estimate
+can reach.
 """
 
 from collections.abc import Sequence
@@ -43,6 +45,7 @@ REWARDS = {"default": Reward(), "loss alone": Reward(beta=0.0, gamma=0.0)}
 UNLIMITED = 4.0                                         # times AdamW's state: a budget that never binds
 FIRST_REAL_SEED = 1000                                  # recorded runs have the seeds below
 LEARNED = ("bc", "iql")
+SHOWN = ("budget", "reward", "policy", "fqe", "real", "real_std", "error")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Args:
     budgets: str = "4.0,0.125"                          # of AdamW's state bytes; 4: none
     fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m8v0,m8v8,full"     # rungs; those that fit are recorded and valued
     policies: str = "water-filling,demo,universal"      # beside fixed rungs that fit, and those learned here
+    explored: str = "fixed:m4v0,water-filling,demo"     # by behaviours that decide as these seven times in ten
     steps: int = 60
     interval: int = 10                                  # optimizer steps per decision
     drawn: int = 24                                     # runs of every random behaviour, each a seed
@@ -157,13 +161,31 @@ def value(name: str, budget: float, paid: str, cache: TrajectoryCache, args: Arg
     q = fit_values(decide, cache, OpeArgs(updates=args.updates, batch_size=args.batch_size))
     fqe = over_runs((decide(starts) * q(starts)).sum(1).numpy().astype(np.float64), cache).value
     assert fqe is not None
-    weighted = importance_sampling(decide, cache)
     real = [real_returns(spec, budget, FIRST_REAL_SEED + seed, args)[paid] for seed in range(args.seeds)]
     return {
         "budget": budget, "reward": paid, "policy": name, "fqe": fqe, "real": float(np.mean(real)),
         "real_std": float(np.std(real, ddof=1)) if len(real) > 1 else None, "error": fqe - float(np.mean(real)),
-        "importance": weighted.value, "importance_note": weighted.note, "real_by_seed": real,
+        "real_by_seed": real,
     }  # fmt: skip
+
+
+def by_importance(rows: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
+    """Weighted per-decision importance sampling without a budget, of policies that need no learning here."""
+    root, found = args.root / "explored", []
+    if not args.explored:
+        return []
+    settings = CollectArgs(horizon=args.steps, interval=args.interval, rule=args.rule)
+    collect(args.workload, [f"explore:{spec}" for spec in names(args.explored)], args.drawn, UNLIMITED, root, settings)
+    cache, run = build_cache(root), start_run(args.workload, 0, UNLIMITED, "hold", args.run)
+    for row in rows:
+        if row["budget"] == UNLIMITED and row["policy"] not in LEARNED:
+            decide = decider_under_budget(policy_of(row["policy"]), cache, run)
+            told = importance_sampling(decide, rescored(cache, REWARDS[row["reward"]]))
+            found.append({
+                "reward": row["reward"], "policy": row["policy"], "importance": told.value, "low": told.low, "high": told.high,
+                "effective": told.effective, "fqe": row["fqe"], "real": row["real"], "note": told.note,
+            })  # fmt: skip
+    return found
 
 
 def spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
@@ -188,8 +210,9 @@ def correlated(known: NDArray[np.float64], real: NDArray[np.float64], draws: int
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per budget and reward: how well estimates rank the policies, and what taking the best estimated one would lose.
 
-    `agreement`: the rank correlation of the two halves of the real seeds. `chosen_loses`: the best real return minus that of
-    the policy with the best estimate; `random_loses`: minus the mean over policies.
+    `among_the_best`: the rank correlation among the better half of the policies, which are hard to tell apart. `agreement`:
+    that of the two halves of the real seeds. `chosen_loses`: the best real return minus that of the policy with the best
+    estimate; `random_loses`: minus the mean over policies.
     """
     found = []
     for key in dict.fromkeys((row["budget"], row["reward"]) for row in rows):
@@ -199,33 +222,36 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         real, fqe = np.array([row["real_by_seed"] for row in here]), np.array([row["fqe"] for row in here])
         rho, low, high = correlated(fqe, real)
         means = real.mean(1)
+        upper = np.argsort(-means)[: -(-len(here) // 2)]
         found.append({
             "budget": key[0], "reward": key[1], "policies": len(here), "seeds": real.shape[1], "spearman": rho, "low": low,
-            "high": high, "agreement": spearman(real[:, ::2].mean(1), real[:, 1::2].mean(1)),
+            "high": high, "among_the_best": spearman(fqe[upper], means[upper]),
+            "agreement": spearman(real[:, ::2].mean(1), real[:, 1::2].mean(1)),
             "mean_absolute_error": float(np.abs(fqe - means).mean()), "bias": float((fqe - means).mean()),
             "spread_of_real": float(means.std()), "best": here[int(means.argmax())]["policy"],
             "chosen": here[int(fqe.argmax())]["policy"], "chosen_loses": float(means.max() - means[fqe.argmax()]),
             "random_loses": float(means.max() - means.mean()),
-            "importance_known": sum(row["importance"] is not None for row in here),
         })  # fmt: skip
     return found
 
 
 def train(args: Args) -> Path:
     torch.set_num_threads(1)
-    head, rows = stamp(args), earlier_runs(args.out, "rows")
+    head, runs = stamp(args), earlier_runs(args.out)
     for budget in map(float, names(args.budgets)):
         recorded = record(args, budget)
         specs = [*(f"fixed:{rung}" for rung in fitting_rungs(args, budget)), *names(args.policies), *LEARNED]
         for paid, reward in REWARDS.items():
             cache = rescored(recorded, reward)
             for spec in specs:
-                if find_run(rows, {"budget": budget, "reward": paid, "policy": spec}) is None:
-                    rows.append(value(spec, budget, paid, cache, args) | {"commit": head["commit"]})
-                    write(args.out, head | {"rows": rows, "summary": summary(rows)})
-                    print("{budget} {reward} {policy}: estimate {fqe:.3f}, real {real:.3f}".format(**rows[-1]), flush=True)
-    write(args.out, head | {"rows": rows, "summary": summary(rows)})
-    for line in summary(rows):
+                if find_run(runs, {"budget": budget, "reward": paid, "policy": spec}) is None:
+                    runs.append(value(spec, budget, paid, cache, args) | {"commit": head["commit"]})
+                    write(args.out, head | {"runs": runs})
+                    print("{budget} {reward} {policy}: estimate {fqe:.3f}, real {real:.3f}".format(**runs[-1]), flush=True)
+    policies = [{name: run[name] for name in SHOWN} for run in runs]
+    importance = by_importance(runs, args)
+    write(args.out, head | {"runs": runs, "policies": policies, "importance": importance, "summary": summary(runs)})
+    for line in summary(runs):
         print(line)
     return args.out
 

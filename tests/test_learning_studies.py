@@ -19,8 +19,9 @@ from train_policy.evaluate import policy_of, start_run
 
 FIXTURE = Path(__file__).resolve().parent.parent / "trajectories" / "fixture"
 OPE = ope_returns.Args(
-    budgets="0.125", policies="water-filling", steps=4, interval=2, drawn=2, fixed_seeds=1, seeds=2, updates=5, epochs=1
-)
+    budgets="0.125", policies="water-filling", explored="", steps=4, interval=2, drawn=2, fixed_seeds=1, seeds=2, updates=5,
+    epochs=1,
+)  # fmt: skip
 
 HEADROOM = oracle_headroom.Args(
     workloads="digits_mlp", rules="adamw", budgets="0.125", policies="water-filling", fixed="m0v0,m4v0", seeds=1, steps=6,
@@ -83,11 +84,12 @@ def test_the_oracles_study_runs_within_its_budget_and_goes_on(tmp_path: Path) ->
 def test_an_estimate_is_judged_by_ranks_and_by_what_its_choice_loses() -> None:
     real = {"a": [1.0, 1.2], "b": [2.0, 2.2], "c": [3.0, 3.2], "d": [4.0, 4.2]}
     said = {"a": 10.0, "b": 20.0, "c": 40.0, "d": 30.0}
-    facts = {"budget": 4.0, "reward": "default", "importance": None}
+    facts = {"budget": 4.0, "reward": "default"}
     rows = [facts | {"policy": name, "fqe": said[name], "real_by_seed": real[name]} for name in real]
     (found,) = ope_returns.summary(rows)
     assert found["spearman"] == pytest.approx(0.8) and found["low"] <= 0.8 <= found["high"]
     assert (found["best"], found["chosen"]) == ("d", "c") and found["chosen_loses"] == pytest.approx(1.0)
+    assert found["among_the_best"] == pytest.approx(-1.0)                     # c and d are the better half
     assert found["agreement"] == pytest.approx(1.0) and found["random_loses"] == pytest.approx(1.5)
     assert found["bias"] == pytest.approx(25 - 2.6)
 
@@ -110,10 +112,18 @@ def test_estimates_and_real_returns_are_made_once(tmp_path: Path, monkeypatch: p
     args = replace(OPE, root=tmp_path / "store", out=tmp_path / "ope.json")
     ope_returns.train(args)
     kept = json.loads(args.out.read_text())
-    assert [row["policy"] for row in kept["rows"]][4:] == ["water-filling", "bc", "iql"]
-    assert all(len(row["real_by_seed"]) == 2 for row in kept["rows"]) and len(kept["summary"]) == 1
+    assert [row["policy"] for row in kept["runs"]][4:] == ["water-filling", "bc", "iql"]
+    assert all(len(row["real_by_seed"]) == 2 for row in kept["runs"]) and len(kept["summary"]) == 1
     ope_returns.train(args)
-    assert json.loads(args.out.read_text())["rows"] == kept["rows"]
+    assert json.loads(args.out.read_text())["runs"] == kept["runs"]
+
+
+def test_importance_sampling_knows_the_policies_that_explored(tmp_path: Path) -> None:
+    args = replace(OPE, root=tmp_path / "store", explored="fixed:m4v0", drawn=6)
+    facts = {"budget": 4.0, "reward": "loss alone", "fqe": 0.0, "real": 0.0}
+    known, other = ope_returns.by_importance([facts | {"policy": f"fixed:{rung}"} for rung in ("m4v0", "m16v16")], args)
+    assert known["low"] <= known["importance"] <= known["high"] and known["effective"] > 1
+    assert other["importance"] is None and "no recorded episode decides as the policy does" in other["note"]
 
 
 def test_mixed_sequences_keep_every_feature_in_time() -> None:
