@@ -53,7 +53,7 @@ class Args:
     workload: str = "digits_mlp"
     rule: str = "adamw"
     budgets: str = "4.0,0.125"                          # of AdamW's state bytes; 4: none
-    fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m8v0,m8v8,full"     # rungs; those that fit are recorded and valued
+    fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m8v0,m8v8,full"     # rungs that are valued, if they fit; all that fit are recorded
     policies: str = "water-filling,demo,universal"      # beside fixed rungs that fit, and those learned here
     explored: str = "fixed:m4v0,water-filling,demo"     # by behaviours that decide as these seven times in ten
     steps: int = 60
@@ -72,10 +72,10 @@ class Args:
         return EvaluationArgs(horizon=self.steps, interval=self.interval, rule=self.rule)
 
 
-def fitting_rungs(args: Args, budget: float) -> list[str]:
-    """Those of the rungs that every layer can have at once."""
+def fitting_rungs(args: Args, budget: float, among: Sequence[str]) -> list[str]:
+    """Those of some rungs that every layer can have at once."""
     run = start_run(args.workload, 0, budget, "hold", args.run)
-    rungs = [(name, LADDER[LADDER.index(name)]) for name in names(args.fixed)]
+    rungs = [(name, LADDER[LADDER.index(name)]) for name in among]
     return [name for name, rung in rungs if run.optimizer.allocator.fits([rung] * len(run.layers))]
 
 
@@ -84,7 +84,8 @@ def record(args: Args, budget: float) -> TrajectoryCache:
     settings = CollectArgs(horizon=args.steps, interval=args.interval, rule=args.rule)
     root = args.root / f"budget-{budget:g}"
     collect(args.workload, ["random", "factorial"], args.drawn, budget, root, settings)
-    collect(args.workload, [f"fixed:{rung}" for rung in fitting_rungs(args, budget)], args.fixed_seeds, budget, root, settings)
+    fixed = [f"fixed:{rung}" for rung in fitting_rungs(args, budget, LADDER.names)]
+    collect(args.workload, fixed, args.fixed_seeds, budget, root, settings)
     return build_cache(root)
 
 
@@ -240,7 +241,7 @@ def train(args: Args) -> Path:
     head, runs = stamp(args), earlier_runs(args.out)
     for budget in map(float, names(args.budgets)):
         recorded = record(args, budget)
-        specs = [*(f"fixed:{rung}" for rung in fitting_rungs(args, budget)), *names(args.policies), *LEARNED]
+        specs = [*(f"fixed:{rung}" for rung in fitting_rungs(args, budget, names(args.fixed))), *names(args.policies), *LEARNED]
         for paid, reward in REWARDS.items():
             cache = rescored(recorded, reward)
             for spec in specs:

@@ -97,7 +97,7 @@ def test_an_estimate_is_judged_by_ranks_and_by_what_its_choice_loses() -> None:
 def test_the_action_that_is_valued_under_a_budget_is_the_one_that_the_optimizer_applies(tmp_path: Path) -> None:
     args = replace(OPE, root=tmp_path / "store")
     cache, run = ope_returns.record(args, 0.125), start_run("digits_mlp", 0, 0.125, "hold", args.run)
-    assert ope_returns.fitting_rungs(args, 0.125) == ["m0v0", "r32p4q4v0", "m2v0", "m4v0"]
+    assert ope_returns.fitting_rungs(args, 0.125, LADDER.names) == ["m0v0", "r32p4q4v0", "m2v0", "m4v0"]
     obs = torch.from_numpy(cache.columns["observations"].take(cache.begins[:3], 0))                   # layers of the first run
     decide = ope_returns.decider_under_budget(policy_of("water-filling"), cache, run)
     applied = run.apply(policy_of("water-filling").scores(obs))
