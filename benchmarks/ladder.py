@@ -16,13 +16,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.record import parse, stamp, write
+from benchmarks.record import mean_error, parse, stamp, write
 from mango import MANGO, CompressionConfig, Ladder
 from mango.noise import step_key
 from mango.rules import Hyper
@@ -144,7 +144,7 @@ def frontier(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _standard_error(found: list[float]) -> float:
-    return stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    return mean_error(found) or 0.0
 
 
 def train(args: Args) -> Path:

@@ -2,18 +2,20 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import stdev
 from typing import Any, TypeVar
 
 import numpy as np
 
-from train_policy.cli_support import plain, write_json
+from train_policy.cli_support import one_line, plain, write_json
 from train_policy.provenance import about
 
 Args = TypeVar("Args")
@@ -30,6 +32,15 @@ def parse(kind: type[Args], about: str | None) -> Args:
     return kind(**vars(parser.parse_args()))
 
 
+def program(train: Callable[[Args], Path], kind: type[Args], about: str | None) -> None:
+    """Parse the command line, run, print where the results are; a ValueError is one line and exit code 2."""
+    try:
+        print(train(parse(kind, about)))
+    except ValueError as error:
+        print(one_line(error), file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def stamp(args: Any = None) -> dict[str, Any]:
     """Command, arguments (a dataclass), commit, hardware and versions; beside those of every result, the load of the machine."""
     program = Path(sys.argv[0]).resolve()
@@ -37,6 +48,11 @@ def stamp(args: Any = None) -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     hardware = told["hardware"] | {"load": load, "system": f"{platform.system()} {platform.machine()}"}
     return told | {"args": {} if args is None else plain(asdict(args)), "hardware": hardware}
+
+
+def mean_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of `values`; None of fewer than two."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def median_error(values: Sequence[float], resamples: int = 2000) -> float | None:

@@ -13,17 +13,16 @@ standard error of that mean. A repeated command goes on where it was.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from benchmarks.record import earlier_runs, find_run, parse, stamp, write
-from experiments.tuning import tune
+from benchmarks.record import earlier_runs, find_run, mean_error, program, stamp, write
+from experiments.tuning import TUNING_SEED, tune
 from mango.config import CompressionConfig
 from mango_env.run import DEFAULT_LR
 from mango_env.workloads import make_workload
@@ -32,7 +31,6 @@ from train_policy.cli_support import one_line
 from train_policy.run_study import run_method
 from train_policy.study_methods import Method
 
-TUNING_SEED = 1000
 Row = dict[str, Any]
 
 
@@ -180,15 +178,11 @@ class Study:
                 "workload": workload, **({"budget": line.budget} if line.budget else {}), "method": line.method.name,
                 "seeds": len(mine), "lr": next(iter(mine.values()))["lr"],
                 "state_bytes_per_param": max(run["state_bytes_per_param"] for run in mine.values()),
-                "val_loss": fmean(values), "val_loss_se": error_of_mean(values), "reference": line.reference,
+                "val_loss": fmean(values), "val_loss_se": mean_error(values), "reference": line.reference,
                 "percent_above": fmean(above) if above else None,
-                "percent_above_se": error_of_mean(above) if len(above) > 1 else None,
+                "percent_above_se": mean_error(above),
             })  # fmt: skip
         return rows
-
-
-def error_of_mean(values: list[float]) -> float:
-    return stdev(values) / math.sqrt(len(values))
 
 
 def train(args: Args) -> Path:
@@ -204,11 +198,7 @@ def train(args: Args) -> Path:
 
 
 def main() -> None:
-    try:
-        print(train(parse(Args, __doc__)))
-    except ValueError as error:
-        print(one_line(error), file=sys.stderr)
-        raise SystemExit(2) from error
+    program(train, Args, __doc__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.memory import clear, resident
 from benchmarks.record import median_error
 from experiments.baseline_optimizers import BASELINES, build_baseline, find
 from experiments.run_modes import saved_activations, scaler_of, train_step
-from experiments.tuning import tune
+from experiments.tuning import TUNING_SEED, tune
 from mango import MANGO
 from mango_env.energy import metered
 from mango_env.run import DIVERGED
@@ -25,7 +25,6 @@ from train_policy.cli_support import one_line
 from train_policy.seeding import borrowed_rng
 from train_policy.state_bytes import state_nbytes
 
-TUNING_SEED = 1000
 POINTS = 100                                             # of a loss curve, at most
 PRETRAINING_LR = 3e-3
 RAISED = (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, LookupError)    # told in a row

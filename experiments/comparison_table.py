@@ -4,10 +4,10 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
-from benchmarks.record import find_run
+from benchmarks.record import find_run, mean_error
 from experiments.comparison_runs import Args, place_of
 from train_policy.cli_support import write_json
 from train_policy.evaluation_rows import percent_above
@@ -56,7 +56,7 @@ def _measured(done: Sequence[Line], usual: dict[int, Line], target: float | None
     accuracy = [row["val_accuracy"] for row in done if "val_accuracy" in row]
     return {
         "seeds": len(done), "val_loss": fmean(losses),
-        "val_loss_se": stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None,
+        "val_loss_se": mean_error(losses),
         "gap_percent": fmean(paired) if paired else None, "gap_low": low, "gap_high": high,
         "val_accuracy": fmean(accuracy) if accuracy else None,
         "perplexity": None if accuracy else math.exp(min(fmean(losses), 50.0)),

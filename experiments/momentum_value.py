@@ -24,14 +24,13 @@ from typing import Any
 import torch
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
-from experiments.tuning import tune
+from experiments.transfer import NOISE, UNLIMITED
+from experiments.tuning import TUNING_SEED, tune
 from mango.config import LADDER
 from mango_env.run import TrainingRun
 from train_policy.evaluation_rows import percent_above
 
-TUNING_SEED = 1000
-FULL, NOISE = "full", "m16v16"                          # the reference, and what differs from it by rounding alone
-UNLIMITED = 4.0                                         # times AdamW's state
+FULL = "full"                                           # the reference
 
 
 @dataclass(frozen=True)

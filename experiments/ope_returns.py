@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
-from experiments.transfer import names
+from experiments.curvature import ranks
+from experiments.transfer import UNLIMITED, names
 from mango.config import LADDER
 from mango.networks import PolicyNetwork
 from mango.policies import FixedPolicy
@@ -42,7 +43,6 @@ from train_policy.fitting import save_checkpoint
 from train_policy.ope import Decider, OpeArgs, fit_values, importance_sampling, over_runs
 
 REWARDS = {"default": Reward(), "loss alone": Reward(beta=0.0, gamma=0.0)}
-UNLIMITED = 4.0                                         # times AdamW's state: a budget that never binds
 FIRST_REAL_SEED = 1000                                  # recorded runs have the seeds below
 LEARNED = ("bc", "iql")
 SHOWN = ("budget", "reward", "policy", "fqe", "real", "real_std", "error")
@@ -191,11 +191,9 @@ def by_importance(rows: Sequence[dict[str, Any]], args: Args) -> list[dict[str, 
 
 def spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     """The rank correlation; nan where one side does not vary."""
-    from scipy.stats import rankdata
-
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
-    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
+    return float(ranks(left) @ ranks(right))
 
 
 def correlated(known: NDArray[np.float64], real: NDArray[np.float64], draws: int = 1000) -> tuple[float, float, float]:

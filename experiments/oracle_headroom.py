@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from experiments import transfer
-from experiments.transfer import names
+from experiments.transfer import NOISE, names
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango_env.reward import Reward
 from mango_env.run import TrainingRun
@@ -43,7 +43,7 @@ class Args:
     budgets: str = "0.0625,0.125"                       # of AdamW's state bytes
     policies: str = "universal,water-filling"
     fixed: str = "m0v0,r32p4q4v0,m2v0,m4v0,m6v0,m8v0"   # rungs, and all that the oracle chooses from
-    noise: str = "m16v16"                               # rounding alone, without a budget
+    noise: str = NOISE                                  # rounding alone, without a budget
     seeds: int = 3
     steps: int = 160
     interval: int = 40                                  # optimizer steps per decision

@@ -8,7 +8,6 @@ decisions, mean over layers. Curves are the mean reward of every rollout.
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import earlier_runs, find_run, parse, stamp, write
+from benchmarks.record import earlier_runs, find_run, program, stamp, write
 from mango.networks import PolicyNetwork
 from mango.policies import RandomPolicy
 from mango.policy_file import freeze, load_policy
@@ -26,7 +25,6 @@ from mango_env.recorder import record_run
 from mango_env.reward import Reward
 from mango_env.run import TrainingRun
 from train_policy import ppo
-from train_policy.cli_support import one_line
 
 REWARD = Reward(alpha=1.0, beta=1.0, gamma=0.2, loss="raw")
 UNSEEN = 1000                                            # seeds of the runs that policies are judged on begin here
@@ -104,11 +102,7 @@ def train(args: Args) -> Path:
 
 
 def main() -> None:
-    try:
-        print(train(parse(Args, __doc__)))
-    except ValueError as error:
-        print(one_line(error), file=sys.stderr)
-        raise SystemExit(2) from error
+    program(train, Args, __doc__)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from torch.optim import AdamW, Optimizer
 from benchmarks import quality
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from experiments.adarankgrad import AdaRankGrad, hidden_matrices
+from experiments.tuning import TUNING_SEED
 from mango import MANGO
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango_env.workloads.data import TextData
 
-TUNING_SEED = 1000
 SUBSPACES = Ladder(tuple(                               # of MANGO: dynamic ranks, in factors of 4 and 8 bits
     CompressionConfig(rank=rank, factor_bits_p=bits, factor_bits_q=bits, variance_bits=variance)
     for rank in (4, 8, 32, 128) for bits, variance in ((4, 0), (8, 0), (8, 8))

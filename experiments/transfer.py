@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import earlier_runs, parse, stamp, write
-from experiments.tuning import tune
+from experiments.tuning import TUNING_SEED, tune
 from mango.config import LADDER
 from mango.policy_file import FrozenPolicy
 from mango_env.run import TrainingRun
@@ -37,7 +37,6 @@ FACTS = ("workload", "rule", "lr", "seed", "policy", "weights", "budget")
 KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_peak", "val_loss", "val_loss_adamw",
         "val_loss_full", "status", "within_budget", "step_time_ratio", "horizon", "message")  # fmt: skip
 UNLIMITED = 4.0                                         # times AdamW's state: what a fixed rung runs under
-TUNING_SEED = 1000                                      # of the runs that choose a rate
 NOISE = "m16v16"                                        # what it loses, two runs lose that differ by rounding alone
 
 

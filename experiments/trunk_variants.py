@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
-from experiments.transfer import names
+from experiments.transfer import UNLIMITED, names
 from mango.budget import MemoryBudget
 from mango.features import FEATURE_DIM, FEATURES
 from mango.networks import PolicyNetwork
@@ -43,7 +43,6 @@ STUDENTS: dict[str, dict[str, Any]] = {                 # of about the teacher's
 TOGETHER = ("kind_", "rule_", "error_")                 # features that are mixed as one
 MEASURES = ("equal", "layers_equal", "score_lost", "equal_often")
 OFTEN = 4                                               # times that an observation comes in a row
-UNLIMITED = 4.0                                         # times AdamW's state
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

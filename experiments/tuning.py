@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+TUNING_SEED = 1000                                       # of the runs that choose a rate: no result is of it
+
 
 @dataclass(frozen=True)
 class Tuned:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from experiments import ablations
-from experiments.ablations import TABLES, TUNING_SEED, Args
+from experiments.ablations import TABLES, Args
+from experiments.tuning import TUNING_SEED
 
 TINY = "tests.tiny_workload:tiny"
 
@@ -61,7 +62,8 @@ def test_a_method_that_diverges_is_a_row_without_a_loss(tmp_path: Path) -> None:
 def test_bad_input_ends_with_2_and_one_line(
     changed: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ablations, "parse", lambda kind, about: replace(Args(out=tmp_path / "a.json"), **changed))
+    given = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["ablations", "--out", str(tmp_path / "a.json"), *given])
     with pytest.raises(SystemExit) as stopped:
         ablations.main()
     assert stopped.value.code == 2 and told in (error := capsys.readouterr().err) and error.count("\n") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import momentum_value as study
+from experiments.transfer import NOISE
 
 ARGS = study.Args(
     workloads="digits_mlp", rules="adamw", batches="8", formats="full,m0v0", seeds=2, steps=4, rates="1,2", workers=1
@@ -25,7 +26,7 @@ def test_gaps_are_paired_by_seed_and_unknown_where_a_run_diverged() -> None:
 def test_a_format_is_compared_at_its_own_rate_and_at_full_precisions() -> None:
     rows = [CASE | {"format": "full", "lr": 0.1, "at_edge": False, "runs": runs(1.0, 1.0)},
             CASE | {"format": "m0v0", "lr": 0.2, "at_edge": True, "runs": runs(1.01, 1.03)}]  # fmt: skip
-    same = [CASE | {"format": "m0v0", "runs": runs(1.2, 1.4)}, CASE | {"format": study.NOISE, "runs": runs(0.99, 1.0)}]
+    same = [CASE | {"format": "m0v0", "runs": runs(1.2, 1.4)}, CASE | {"format": NOISE, "runs": runs(0.99, 1.0)}]
     (line,) = study.summary(rows, same)
     assert line["rate_over_full"] == 2 and line["at_edge"]
     assert (line["gap_percent"], line["gap_at_full_rate"], line["noise_percent"]) == pytest.approx((2.0, 30.0, -0.5))

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from mango_env.workloads import make_workload
+from tests.study_command import mango_run
 from tests.test_large_models import data
 from tests.test_workloads import made
-from train_policy.cli import app
 from train_policy.held_out import Goal, Looks
 from train_policy.run_study import Args, run_method
 from train_policy.study_methods import methods
@@ -26,12 +25,6 @@ NUMBERS = ("val_loss", "loss_curve", "best_train_loss", "state_bytes_peak", "dec
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def mango_run(*words: str, code: int = 0) -> Any:
-    done = CliRunner().invoke(app, ["run", *words])
-    assert done.exit_code == code, done.output
-    return done
 
 
 def rows_of(folder: str = "runs/study") -> list[dict[str, Any]]:

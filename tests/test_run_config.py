@@ -2,13 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from train_policy.cli import app
+from tests.study_command import mango_run
 from train_policy.cli_run import Surroundings, configured
 from train_policy.run_study import MODES, Args
 from train_policy.study_methods import methods
@@ -17,12 +15,6 @@ from train_policy.study_methods import methods
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def mango_run(*words: str, code: int = 0) -> Any:
-    done = CliRunner().invoke(app, ["run", *words])
-    assert done.exit_code == code, done.output
-    return done
 
 
 def test_j1_the_shipped_configuration_holds_every_default() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mango.optimizer import MANGO
 from train_policy.cli_support import write_json
@@ -63,6 +64,7 @@ class Tracer:
         self._about: dict[str, Any] = {}
         self._outside = 0.0                              # seconds of decisions outside the optimizer's step
         self._profiler: Any = None
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "Tracer":
         if self.tracing.every is not None:
@@ -79,7 +81,7 @@ class Tracer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for hook in getattr(self, "_hooks", []):
+        for hook in self._hooks:
             hook.remove()
         if self._profiler is not None:
             self._profiler.stop()
