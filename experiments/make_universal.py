@@ -54,8 +54,8 @@ class Scale:
 
 
 FULL = Scale(
-    runs=500, updates=6000, epochs=40, timesteps=1024, gate_seeds=2, gate_budgets=(0.08, 0.125), changes={},
-    gate_workloads=("mnist_vit", "source_lm+batch=8"),
+    runs=800, updates=6000, epochs=40, timesteps=1024, gate_seeds=2, gate_budgets=(0.08, 0.125), changes={},
+    gate_workloads=("mnist_vit+batch=64+lr=0.002", "source_lm+batch=8+lr=0.003"),
     study=transfer.Args(policies=f"{NAME},water-filling,sensitivity,error-constrained,bc,random,scheduled,adaptive", steps=160,
                         interval=16),
 )  # fmt: skip
@@ -119,29 +119,29 @@ def tune(scale: Scale, root: Path, standing: str) -> PolicyNetwork:
         env.close()
 
 
-def score(scale: Scale, campaign: Campaign, path: Path, workers: int) -> dict[tuple[str, str, int, float], float]:
+def score(scale: Scale, path: Path, workers: int) -> dict[tuple[str, str, int, float], float]:
     """Minus the per cent of loss above full precision's, per run of the gate; being below it is no merit (it is luck)."""
     found: dict[tuple[str, str, int, float], float] = {}
     seeds = [GATE_SEED + i for i in range(scale.gate_seeds)]
     for rule in ("adamw", "muon"):
         for work in scale.gate_workloads:
-            settings = transfer.settings_of(scale.study, rule, campaign.families[str(split_options(work)[0])].lr.get(rule))
+            settings = transfer.settings_of(scale.study, rule)
             rows = evaluate(path, work, list(scale.gate_budgets), seeds, settings, workers=workers)
             lost = [float("nan") if row.gap_full is None else max(row.gap_full, 0.0) for row in rows]
             found |= {(row.workload, rule, row.seed, float(row.budget)): -loss for row, loss in zip(rows, lost, strict=True)}
     return found
 
 
-def learn(scale: Scale, campaign: Campaign, root: Path, cache: TrajectoryCache, workers: int) -> tuple[str, list[dict[str, Any]]]:
+def learn(scale: Scale, root: Path, cache: TrajectoryCache, workers: int) -> tuple[str, list[dict[str, Any]]]:
     """Train the stages; each replaces the one that stands only where paired losses prove it better. Returns that, and why."""
     standing, gates = "untrained", list[dict[str, Any]]()
     save_checkpoint(PolicyNetwork("mlp"), root / "untrained.safetensors", head="rung", card={"stage": "untrained"})
-    scores = score(scale, campaign, root / "untrained.safetensors", workers)
+    scores = score(scale, root / "untrained.safetensors", workers)
     for name, work in stages(scale, root, cache).items():
         path = root / f"{name}.safetensors"
         if not path.exists():
             save_checkpoint(work(standing), path, head="rung", card={"stage": name, "training_data_digest": cache.digest})
-        own = score(scale, campaign, path, workers)
+        own = score(scale, path, workers)
         decision = decide(own, scores)
         gates.append({"policy": name, "against": standing, **decision.to_dict()})
         print(f"gate: {name} against {standing}: {decision.reason}", flush=True)
@@ -155,7 +155,7 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
     """All steps; returns the frozen policy. No run of the evaluation starts after so many minutes; called again it goes on."""
     root.mkdir(parents=True, exist_ok=True)
     campaign, cache = record(scale, root, workers)
-    standing, gates = learn(scale, campaign, root, cache, workers)
+    standing, gates = learn(scale, root, cache, workers)
     steps, rules = (" or ".join(map(str, drawn)) for drawn in (campaign.horizon, campaign.rules))
     fitted = additive.fit(additive.outcomes_of(cache))
     card = {
@@ -163,7 +163,7 @@ def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9
         "licence": "MIT",
         "made": about("python -m experiments.make_universal"),
         "stage": standing,
-        "trained_on": sorted(campaign.families),
+        "trained_on": sorted({str(split_options(name)[0]) for name in campaign.families}),
         "training_data_digest": cache.digest,
         "campaign_digest": campaign.digest,
         "runs": len(set(cache.attributes["run_id"])),

@@ -4,7 +4,7 @@
     python -m experiments.rung_costs --data runs/tuned/data --out benchmarks/results/rung_costs.json
 
 Fits `train_policy/additive.py` to the store and prints the mean effect of each rung, had the whole model it for that half: the
-unit is the standard deviation of final losses between the allocations tried, in each family and rule (listed below, in per
+unit is the standard deviation of final losses between the allocations tried, in each workload and rule (listed below, in per
 cent). Below 0 the loss is lower than full precision's. `explained` is the share of the variance between allocations that the
 costs predict in families that were left out: near 0, the choice of rungs does not decide the loss of these runs.
 """
@@ -32,15 +32,15 @@ def train(args: Args) -> Path:
     fitted = additive.fit(data)
     rows = additive.described(fitted.costs, observations_of(cache))
     counts = Counter(data.setting)
-    settings = [{"family": family, "rule": rule, "runs": counts[family, rule], "spread_percent": spread}
-                for (family, rule), spread in sorted(additive.spread_of(data).items())]  # fmt: skip
+    settings = [{"workload": workload, "rule": rule, "runs": counts[workload, rule], "spread_percent": spread}
+                for (workload, rule), spread in sorted(additive.spread_of(data).items())]  # fmt: skip
     print(f"{len(data)} runs, twins included; explained in families left out: {fitted.explained_elsewhere:.2f}")
     shown = [name for name in LADDER.names if name.startswith(("m0", "r", "m2", "m4", "m6", "m8")) and name.endswith("v0")]
     print(f"{'rule':8s} {'half':8s} " + " ".join(f"{name:>9s}" for name in shown))
     for row in rows:
         print(f"{row['rule']:8s} {row['half']:8s} " + " ".join(f"{row[name]:+9.2f}" for name in shown))
     for one in settings:
-        print(f"{one['family']:16s} {one['rule']:6s} {one['runs']:4d} runs, allocations differ by {one['spread_percent']:.2f} %")
+        print("{workload:44s} {rule:6s} {runs:3d} runs, allocations differ by {spread_percent:.2f} %".format(**one))
     found = {"runs": len(data), "digest": cache.digest, "explained_elsewhere": fitted.explained_elsewhere}
     chosen = {"size": fitted.costs.size, "shrinkage": fitted.shrinkage}
     return write(args.out, stamp(args) | found | chosen | {"costs": rows, "settings": settings})

@@ -15,11 +15,13 @@ from mango_env.reward import Reward
 from train_policy import offline
 from train_policy.additive import (
     BEST,
+    OF_VARIANCE,
     SHRINKAGE,
     SIZES,
     AdditivePolicy,
     Costs,
     Outcomes,
+    circumstances,
     described,
     design,
     fit,
@@ -123,6 +125,31 @@ def test_mixing_keeps_every_column_and_breaks_what_went_together() -> None:
     assert abs(float(np.corrcoef(found[:, FEATURE_INDEX["lr"]], found[:, FEATURE_INDEX["share"]])[0, 1])) < 0.2
 
 
+def trained(cosine: float, lr: float, lr_ratio: float, progress: float) -> list[float]:
+    obs = torch.zeros(1, len(FEATURES))
+    for name, value in (("grad_cosine", cosine), ("lr", lr), ("lr_ratio", lr_ratio), ("progress", progress)):
+        obs[0, FEATURE_INDEX[name]] = value
+    return [round(one, 3) for one in circumstances(obs)[0].tolist()]
+
+
+def test_noise_opposition_and_the_rate_are_read_off_an_observation() -> None:
+    assert trained(0.5, -2.5, 1.0, 0.5) == [-1.3, 0.0, 0.0]                          # as much noise as signal
+    assert trained(1 / 21, -3.5, 0.1, 0.5) == [0.001, 0.0, 0.0]                      # twenty times as much; the rate fell since
+    assert trained(-0.15, -1.5, 1.0, 0.5)[1:] == [0.5, 1.0]                          # steps overshoot, at ten times the rate
+    assert trained(0.0, -2.5, 1.0, 0.0) == [0.0, 0.0, 0.0]                           # nothing was seen yet
+
+
+def test_bits_cost_by_how_they_round_and_a_gain_by_factors_is_no_cost() -> None:
+    costs = Costs(np.where(OF_VARIANCE, -1.0, 1.0), 0.5)
+    obs = torch.zeros(1, len(FEATURES))
+    obs[0, [FEATURE_INDEX[name] for name in ("rule_adamw", "kind_linear", "share")]] = 1.0
+    obs[0, [i for i, feature in enumerate(FEATURES) if feature.name.startswith("error_")]] = -10.0
+    found = dict(zip(LADDER.names, costs(obs)[0].tolist(), strict=True))
+    assert found["m2v0"] > found["m4v0"] > found["m6v0"] > found["m8v0"] > found["full"] == 0.0
+    assert found["m8v0"] == pytest.approx(found["m8v8"], abs=1e-4)                   # second moments gain here: no cost
+    assert dict(zip(LADDER.names, costs.effects(obs)[0].tolist(), strict=True))["m8v0"] < 0
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("designed")
@@ -134,7 +161,7 @@ def test_final_losses_are_recorded_and_read(store: Path) -> None:
     cache = build_cache(store)
     data = outcomes_of(cache)
     assert len(data) == 6 + 2 and set(data.family) == {"digits_mlp"} and len(set(data.group.tolist())) == 2
-    assert data.loss[6:].tolist() == [0.0, 0.0] and not data.rows[0.0][6:].any()                       # the twins
+    assert data.loss[6:].tolist() == [0.0, 0.0] and not data.rows[0.5][6:].any()                       # the twins
     facts = cache.attributes
     per_cent = {100 * float(np.log(a / b)) for a, b in zip(facts["val_loss"], facts["val_loss_full"], strict=True)}
     assert np.allclose(sorted(max(x, BEST) for x in per_cent), sorted(data.loss[:6].tolist()))

@@ -2,11 +2,12 @@
 
 The loss that a run ends with is one number for all its layers and decisions. As in value-decomposition networks (Sunehag et
 al. 2018) it is taken as a sum over layers and decisions, here of linear functions of what a layer is (kind, rule), when the
-decision is made (early, late), what is kept of each moment, and the errors that were measured. Runs whose allocations were
-drawn at random (`factorial` in `train_policy.behaviours`) tell the terms apart; runs of one workload, seed and rate are
-compared with each other and with their twin alone, in units of what allocations at random differ by there. Coefficients are
-shrunk (ridge), the special ones more than the general ones and those of fine formats more than those of coarse ones, so a kind
-that was seen rarely borrows from the others; how much is chosen by leaving whole workload families out.
+decision is made (early, late), how it trains (its rate, the noise of its gradients), what is kept of each moment, and the
+errors that were measured. Runs whose allocations were drawn at random (`factorial` in `train_policy.behaviours`) tell the
+terms apart; runs of one workload, seed and rate are compared with each other and with their twin alone, in units of what
+allocations at random differ by there. What bits cost goes by how they round, so fine formats borrow from coarse ones, and
+coefficients are shrunk (ridge), the special ones more than the general ones, so a kind that was seen rarely borrows from the
+others; how much is chosen by leaving whole workload families out.
 
 The sizes of these effects are the costs. They add up over layers, so minus the cost is a score, and the optimizer's knapsack
 picks the allocation of least predicted deviation from full precision for every budget. `additive` fits them and distils them
@@ -29,28 +30,35 @@ from mango.config import LADDER, CompressionConfig, Ladder
 from mango.features import FEATURES, KINDS, RULES
 from mango.networks import PolicyNetwork
 from mango.policies import best_scored, feature
+from mango.rules import ROUNDING_ERROR
 from mango_env.cache import TrajectoryCache
 from mango_env.workloads import split_options
 from train_policy.batches import group_sums, runs_of
 from train_policy.distil import KNOB_SHARPNESS, distil, knob_marginals
 
 Floats = NDArray[np.float64]
-PerSetting = Mapping[tuple[str, str], float]              # by family and rule
+PerSetting = Mapping[tuple[str, str], float]              # by workload, with its options, and rule
 
 RANKS = (1, 4, 8, 32, 128)
-MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), "2 bits", "4 bits", "6 bits", "8 bits")     # 16 and more cost nothing
+BITS = (2, 4, 6, 8)                                      # 16 and more cost nothing
+MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), *(f"{bits} bits" for bits in BITS))
 VARIANCE = ("factors", "4 bits", "8 bits")
-MOMENTUM_PRIOR = (*[1.0] * (1 + len(RANKS)), 1.0, 4.0, 32.0, 64.0)           # shrinkage by level: fine rounding costs little
-VARIANCE_PRIOR = (8.0, 32.0, 64.0)
-CONTEXT_PRIOR = np.repeat([1.0, 2.0, 2.0, 4.0], [1, len(RULES), len(KINDS), len(KINDS) * len(RULES)])
+ROUNDED = torch.tensor([[(ROUNDING_ERROR[bits] / ROUNDING_ERROR[2]) ** 0.8] for bits in BITS])    # powers of 0.6 to 1 fit as well
+VARIANCE_PRIOR = (8.0, 32.0, 64.0)                       # shrinkage by level: fine rounding costs little
+CIRCUMSTANCES = 3                                        # see `circumstances`
+CONTEXT_SIZES = [1, len(RULES), len(KINDS), len(KINDS) * len(RULES), CIRCUMSTANCES, CIRCUMSTANCES * len(RULES)]
+CONTEXT_PRIOR = np.repeat([1.0, 2.0, 2.0, 4.0, 2.0, 4.0], CONTEXT_SIZES)
 KIND_PRIOR = np.repeat([1.0, 2.0], [1, len(KINDS)])
 SHRINKAGES = tuple(10.0**power for power in np.arange(-3, 2.5, 0.5))         # the grid of the cross-validation
-SIZES = (0.0, 0.5, 1.0)                                  # a layer weighs as its share of the parameters to this power
+SIZES = (0.5, 1.0)                                       # a layer weighs as its share of the parameters to this power; small
+                                                         # models cannot tell 0 from 0.5, and large ones have layers of any size
 WORST, BEST = 20.0, -10.0                                # per cent of loss that a run is charged at most and at least
+COSINES, OPPOSED = (0.01, 0.9), 0.3                      # of successive gradients, that the regression tells apart
+USUAL_NOISE, USUAL_RATE, RATES = 1.3, -2.5, 2.0          # powers of ten; and how far from the latter it tells rates apart
 LARGEST_ERROR = 2.0                                      # of a stored moment that the regression believes
 LEAST_SPREAD = 0.2                                       # per cent that losses differ by
-LEAST_NOISE = 0.3                                        # of that spread; without it one quiet family would decide alone
-FIT_ROUNDS = 3                                           # of the families' weights, by what is left unexplained in them
+LEAST_NOISE = 0.3                                        # of that spread; without it one quiet setting would decide alone
+FIT_ROUNDS = 3                                           # of the settings' weights, by what is left unexplained in them
 SHARED = ("workload", "seed", "rule", "lr", "horizon", "schedule", "max_grad_norm", "matrix_lr_scale", "interval")   # by a group
 
 
@@ -77,16 +85,32 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     kinds = torch.stack([feature(obs, f"kind_{kind}") for kind in KINDS], 1)
     rules = torch.stack([feature(obs, f"rule_{rule}") for rule in RULES], 1)
     one = torch.ones(len(obs), 1)
-    context = torch.cat([one, rules, kinds, _outer(kinds, rules)], 1)
+    trains = circumstances(obs)
+    context = torch.cat([one, rules, kinds, _outer(kinds, rules), trains, _outer(trains, rules)], 1)
     early_late, scales_steps = hats(obs), rules[:, [RULES.index("adamw")]]     # other rules keep no second moment
-    momentum, momentum_error = _level(obs, rungs, [momentum_level(rung) for rung in ladder], len(MOMENTUM), _momentum_errors(obs))
-    momentum[:, 1 : 1 + len(RANKS)] *= shortfall(obs)
+    kept, momentum_error = _level(obs, rungs, [momentum_level(rung) for rung in ladder], len(MOMENTUM), _momentum_errors(obs))
+    nothing, ranks, bits = torch.tensor_split(kept, (1, 1 + len(RANKS)), 1)
+    momentum = torch.cat([nothing, ranks * shortfall(obs), bits @ ROUNDED], 1)
     variance, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
         _outer(variance * scales_steps, _outer(early_late, torch.cat([one, kinds], 1))),
         early_late * momentum_error, early_late * variance_error * scales_steps,
     ], 1)  # fmt: skip
+
+
+def circumstances(obs: Tensor) -> Tensor:
+    """How a layer trains (N, 3): noise over signal of its gradients, how far successive ones oppose each other, and the rate.
+
+    Momentum is worth more the less noise there is, and nearer to the largest stable rate (docs/headroom.md). Two gradients
+    of one way have a cosine of 1 / (1 + noise / signal); it is below 0 where steps overshoot. Before gradients were seen both
+    are 0. The rate is the largest so far. Noise and rate are powers of ten from a usual value.
+    """
+    cosine, seen = feature(obs, "grad_cosine"), feature(obs, "progress") > 0
+    noise = (torch.log10(1 / cosine.clamp(*COSINES) - 1) - USUAL_NOISE) * seen
+    opposed = (-cosine).clamp(0, OPPOSED) / OPPOSED
+    rate = feature(obs, "lr") - torch.log10(feature(obs, "lr_ratio").clamp(min=1e-3)) - USUAL_RATE
+    return torch.stack([noise, opposed, rate.clamp(-RATES, RATES)], 1)
 
 
 def shortfall(obs: Tensor) -> Tensor:
@@ -123,8 +147,11 @@ def _variance_errors(obs: Tensor) -> Tensor:
     return torch.stack([_squared(obs, f"error_variance_{bits}") for bits in (0, 4, 8)], 1)
 
 
+OF_VARIANCE = np.repeat([False, True, False, True], [      # (D,) regressors of the second moment, in the order of `design`
+    2 * (2 + len(RANKS)) * len(CONTEXT_PRIOR), 2 * len(VARIANCE) * len(KIND_PRIOR), 2, 2,
+])  # fmt: skip
 SHRINKAGE = np.concatenate([                              # (D,) by regressor, in the order of `design`
-    np.kron(MOMENTUM_PRIOR, np.tile(CONTEXT_PRIOR, 2)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0],
+    np.tile(CONTEXT_PRIOR, 2 * (1 + len(RANKS) + 1)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0],
 ])  # fmt: skip
 
 
@@ -132,9 +159,10 @@ SHRINKAGE = np.concatenate([                              # (D,) by regressor, i
 class Costs:
     """How far a rung takes the loss from full precision's: coefficients (D,) for a layer that is all there is, for a whole run.
 
-    Calling it gives the size of the effect, whichever its sign: what beats full precision in short runs at one rate (no
-    momentum under AdamW does) is a change of the rule, not a cheaper way to keep it, and lost 3 % on a deeper model. The unit
-    is what the final losses of random allocations differ by (their standard deviation), in each family.
+    Calling it gives the size of the effect, for the first moment whichever its sign: what beats full precision in short runs
+    (no momentum under AdamW does) is a change of the rule, not a cheaper way to keep it, and lost 3 % on a deeper model. A
+    second moment of fewer bits costs what it loses; factors, that it may gain by, serve long runs of large models as well
+    (Shazeer & Stern 2018). The unit is what the final losses of random allocations differ by (their standard deviation).
     """
 
     coefficients: Floats
@@ -143,13 +171,20 @@ class Costs:
 
     def __call__(self, obs: Tensor) -> Tensor:
         """What every rung changes the final loss by (N, R), at least 0, in every layer, were it kept for the whole run."""
-        return weight_of(obs, self.size)[:, None] * self.effects(obs).abs()
+        momentum, variance = self._effects(obs)
+        return weight_of(obs, self.size)[:, None] * (momentum.abs() + variance.clamp(min=0))
 
     def effects(self, obs: Tensor) -> Tensor:
         """The same with its sign (N, R), for a layer that is all there is: below 0 where the loss was lower."""
-        weights = torch.from_numpy(self.coefficients).float()
+        momentum, variance = self._effects(obs)
+        return momentum + variance
+
+    def _effects(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the first and of the second moment (N, R)."""
+        weights = torch.from_numpy(np.stack([self.coefficients * ~OF_VARIANCE, self.coefficients * OF_VARIANCE], 1)).float()
         rungs = [design(obs, torch.full((len(obs),), rung), self.ladder) @ weights for rung in range(len(self.ladder))]
-        return torch.stack(rungs, 1)
+        momentum, variance = torch.stack(rungs, 1).unbind(2)
+        return momentum, variance
 
 
 class AdditivePolicy:
@@ -183,7 +218,7 @@ class Outcomes:
     rows: Mapping[float, Floats]                         # by size: (runs, D), summed over layers, averaged over decisions
     loss: Floats                                         # (runs,) per cent of final loss above the twin
     group: NDArray[np.int64]                             # (runs,) which runs share their twin
-    family: NDArray[np.str_]                             # (runs,) the workload's name without its options
+    workload: NDArray[np.str_]                           # (runs,) with its options
     rule: NDArray[np.str_]                               # (runs,) the base rule
 
     def __len__(self) -> int:
@@ -192,15 +227,20 @@ class Outcomes:
     def some(self, mask: NDArray[np.bool_]) -> "Outcomes":
         """The runs of a mask (runs,)."""
         rows = {size: found[mask] for size, found in self.rows.items()}
-        return Outcomes(rows, self.loss[mask], self.group[mask], self.family[mask], self.rule[mask])
+        return Outcomes(rows, self.loss[mask], self.group[mask], self.workload[mask], self.rule[mask])
 
     @property
     def setting(self) -> list[tuple[str, str]]:
-        """The family and the rule of each run."""
-        return [(str(family), str(rule)) for family, rule in zip(self.family, self.rule, strict=True)]
+        """The workload and the rule of each run."""
+        return [(str(workload), str(rule)) for workload, rule in zip(self.workload, self.rule, strict=True)]
+
+    @property
+    def family(self) -> NDArray[np.str_]:
+        """The workload of each run (runs,), without its options."""
+        return np.array([str(split_options(str(workload))[0]) for workload in self.workload])
 
     def in_units(self, scale: "PerSetting") -> "Outcomes":
-        """The same with losses in units of a scale, so that a family whose loss is near zero does not drown the others."""
+        """The same with losses in units of a scale, so that a model whose loss is near zero does not drown the others."""
         return replace(self, loss=self.loss / np.array([scale.get(one, 1.0) for one in self.setting]))
 
     def weights(self, noise: "PerSetting") -> Floats:
@@ -229,14 +269,14 @@ def outcomes_of(cache: TrajectoryCache) -> Outcomes:
     at = [first[run] for run in kept]
     groups: dict[tuple[object, ...], int] = {}
     group = [groups.setdefault(tuple(table[name][e] for name in SHARED), len(groups)) for e in at]
-    families = [str(split_options(table["workload"][e])[0]) for e in at]
+    workloads = [str(table["workload"][e]) for e in at]
     loss = [_per_cent(table["val_loss"][e], table["val_loss_full"][e]) for e in at]
     rules = [str(table["rule"][e]) for e in at]
     twins = [group.index(number) for number in range(len(groups))]                   # each is a run that pays for nothing
     return Outcomes(
         {size: np.concatenate([total[kept], np.zeros((len(twins), len(SHRINKAGE)))]) for size, total in rows.items()},
         np.array(loss + [0.0] * len(twins)), np.array(group + list(range(len(twins)))),
-        np.array(families + [families[member] for member in twins]), np.array(rules + [rules[member] for member in twins]),
+        np.array(workloads + [workloads[member] for member in twins]), np.array(rules + [rules[member] for member in twins]),
     )  # fmt: skip
 
 
