@@ -12,6 +12,7 @@ costs predict in families that were left out: near 0, the choice of rungs does n
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import parse, stamp, write
 from mango.config import LADDER
@@ -32,8 +33,10 @@ def train(args: Args) -> Path:
     fitted = additive.fit(data)
     rows = additive.described(fitted.costs, observations_of(cache))
     counts = Counter(data.setting)
-    settings = [{"workload": workload, "rule": rule, "runs": counts[workload, rule], "spread_percent": spread}
-                for (workload, rule), spread in sorted(additive.spread_of(data).items())]  # fmt: skip
+    settings: list[dict[str, Any]] = [
+        {"workload": workload, "rule": rule, "runs": counts[workload, rule], "spread_percent": spread}
+        for (workload, rule), spread in sorted(additive.spread_of(data).items())
+    ]
     print(f"{len(data)} runs, twins included; explained in families left out: {fitted.explained_elsewhere:.2f}")
     shown = [name for name in LADDER.names if name.startswith(("m0", "r", "m2", "m4", "m6", "m8")) and name.endswith("v0")]
     print(f"{'rule':8s} {'half':8s} " + " ".join(f"{name:>9s}" for name in shown))

@@ -15,7 +15,6 @@ from mango_env.reward import Reward
 from train_policy import offline
 from train_policy.additive import (
     BEST,
-    OF_VARIANCE,
     SHRINKAGE,
     SIZES,
     AdditivePolicy,
@@ -139,15 +138,30 @@ def test_noise_opposition_and_the_rate_are_read_off_an_observation() -> None:
     assert trained(0.0, -2.5, 1.0, 0.0) == [0.0, 0.0, 0.0]                           # nothing was seen yet
 
 
-def test_bits_cost_by_how_they_round_and_a_gain_by_factors_is_no_cost() -> None:
-    costs = Costs(np.where(OF_VARIANCE, -1.0, 1.0), 0.5)
-    obs = torch.zeros(1, len(FEATURES))
+def adamw_layer() -> Tensor:
+    obs = torch.zeros(1, FEATURE_DIM)
     obs[0, [FEATURE_INDEX[name] for name in ("rule_adamw", "kind_linear", "share")]] = 1.0
     obs[0, [i for i, feature in enumerate(FEATURES) if feature.name.startswith("error_")]] = -10.0
-    found = dict(zip(LADDER.names, costs(obs)[0].tolist(), strict=True))
+    return obs
+
+
+def test_bits_cost_by_how_they_round_and_a_gain_is_no_cost() -> None:
+    found = dict(zip(LADDER.names, Costs(np.ones(len(SHRINKAGE)), 0.5)(adamw_layer())[0].tolist(), strict=True))
     assert found["m2v0"] > found["m4v0"] > found["m6v0"] > found["m8v0"] > found["full"] == 0.0
-    assert found["m8v0"] == pytest.approx(found["m8v8"], abs=1e-4)                   # second moments gain here: no cost
-    assert dict(zip(LADDER.names, costs.effects(obs)[0].tolist(), strict=True))["m8v0"] < 0
+    gains = Costs(-np.ones(len(SHRINKAGE)), 0.5)
+    assert not gains(adamw_layer()).any() and float(gains.effects(adamw_layer())[0, LADDER.index("m8v0")]) < 0
+
+
+def test_what_differs_between_families_is_charged() -> None:
+    """Of a normal distribution the part above 0, in the deviation that the fits without each family tell."""
+    ones = np.ones(len(SHRINKAGE))
+    effect = float(Costs(ones, 0.5).effects(adamw_layer())[0, NONE])
+    shifts = np.array([-0.03, -0.01, 0.01, 0.03])
+    costs = Costs(-0.02 * ones, 0.5, left_out=np.outer(shifts - 0.02, ones))
+    mean, spread = -0.02 * effect, 3 * float(shifts.std()) * effect                            # pseudo-values: K - 1 times
+    draws = np.random.default_rng(0).normal(mean, spread, 200_000)
+    assert float(costs(adamw_layer())[0, NONE]) == pytest.approx(float(np.maximum(draws, 0).mean()), rel=0.02)
+    assert float(costs(adamw_layer())[0, FULL]) == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +183,7 @@ def test_final_losses_are_recorded_and_read(store: Path) -> None:
 
 def test_the_network_learns_the_costs(store: Path) -> None:
     cache = build_cache(store)
-    result = offline.train(PolicyNetwork("mlp", hidden=(32,)), cache, offline.OfflineArgs(algo="additive", updates=300))
+    result = offline.train(PolicyNetwork("mlp", hidden=(32,)), cache, offline.OfflineArgs(algo="additive", updates=800))
     assert {"explained_elsewhere", "explained_held_out", "loss"} <= set(result.metrics)
     obs = torch.from_numpy(next(iter(cache.episodes()))["observations"].copy())
     logits = result.network(obs).rung_logits

@@ -9,14 +9,14 @@ allocations at random differ by there. What bits cost goes by how they round, so
 coefficients are shrunk (ridge), the special ones more than the general ones, so a kind that was seen rarely borrows from the
 others; how much is chosen by leaving whole workload families out.
 
-The sizes of these effects are the costs. They add up over layers, so minus the cost is a score, and the optimizer's knapsack
-picks the allocation of least predicted deviation from full precision for every budget. `additive` fits them and distils them
+What a rung is expected to lose in a family that was not seen is its cost. Costs add up over layers, so minus the cost is a
+score, and the optimizer's knapsack picks the allocation of least predicted loss for every budget. `additive` fits them and distils them
 into the network: a Monte-Carlo estimate of the action values of the recorded behaviour and one step of improvement on it
 (Brandfonbrener et al. 2021), without bootstrapping.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,9 +147,6 @@ def _variance_errors(obs: Tensor) -> Tensor:
     return torch.stack([_squared(obs, f"error_variance_{bits}") for bits in (0, 4, 8)], 1)
 
 
-OF_VARIANCE = np.repeat([False, True, False, True], [      # (D,) regressors of the second moment, in the order of `design`
-    2 * (2 + len(RANKS)) * len(CONTEXT_PRIOR), 2 * len(VARIANCE) * len(KIND_PRIOR), 2, 2,
-])  # fmt: skip
 SHRINKAGE = np.concatenate([                              # (D,) by regressor, in the order of `design`
     np.tile(CONTEXT_PRIOR, 2 * (1 + len(RANKS) + 1)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0],
 ])  # fmt: skip
@@ -157,34 +154,40 @@ SHRINKAGE = np.concatenate([                              # (D,) by regressor, i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Costs:
-    """How far a rung takes the loss from full precision's: coefficients (D,) for a layer that is all there is, for a whole run.
+    """What a rung is expected to lose to full precision: coefficients (D,) for a layer that is all there is, for a whole run.
 
-    Calling it gives the size of the effect, for the first moment whichever its sign: what beats full precision in short runs
-    (no momentum under AdamW does) is a change of the rule, not a cheaper way to keep it, and lost 3 % on a deeper model. A
-    second moment of fewer bits costs what it loses; factors, that it may gain by, serve long runs of large models as well
-    (Shazeer & Stern 2018). The unit is what the final losses of random allocations differ by (their standard deviation).
+    Calling it gives the expected loss in a family that was not seen. Effects differ between families, by how much is told by
+    the fits without each of them (jackknife: Efron & Stein 1981); of a normal distribution with that mean and deviation the
+    part above 0 counts. A gain is no merit: what beats full precision in short runs (no momentum under AdamW does) lost 3 %
+    on a deeper model. The unit is what the final losses of random allocations differ by (their standard deviation).
     """
 
     coefficients: Floats
     size: float                                          # a layer weighs as its share of the parameters to this power
     ladder: Ladder = LADDER
+    left_out: Floats | None = None                       # (K, D) each family left out in turn; None: families are all alike
 
     def __call__(self, obs: Tensor) -> Tensor:
-        """What every rung changes the final loss by (N, R), at least 0, in every layer, were it kept for the whole run."""
-        momentum, variance = self._effects(obs)
-        return weight_of(obs, self.size)[:, None] * (momentum.abs() + variance.clamp(min=0))
+        """What every rung is expected to lose (N, R), at least 0, in every layer, were it kept for the whole run."""
+        fits = [self.coefficients, *([] if self.left_out is None else self.left_out)]
+        mean, *without = self._effects(obs, np.stack(fits, 1)).unbind(2)
+        loss = mean.clamp(min=0)
+        if without:
+            spread = (len(without) - 1) * torch.stack(without).std(0, correction=0)
+            way = mean / spread.clamp(min=1e-6)
+            density = torch.exp(-way.square() / 2) / math.sqrt(2 * math.pi)
+            loss = torch.where(spread > 1e-6, mean * torch.special.ndtr(way) + spread * density, loss)
+        return weight_of(obs, self.size)[:, None] * loss
 
     def effects(self, obs: Tensor) -> Tensor:
-        """The same with its sign (N, R), for a layer that is all there is: below 0 where the loss was lower."""
-        momentum, variance = self._effects(obs)
-        return momentum + variance
+        """The mean effect with its sign (N, R), for a layer that is all there is: below 0 where the loss was lower."""
+        return self._effects(obs, self.coefficients[:, None])[:, :, 0]
 
-    def _effects(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the first and of the second moment (N, R)."""
-        weights = torch.from_numpy(np.stack([self.coefficients * ~OF_VARIANCE, self.coefficients * OF_VARIANCE], 1)).float()
+    def _effects(self, obs: Tensor, fits: Floats) -> Tensor:
+        """Effects (N, R, F) by several fits (D, F)."""
+        weights = torch.from_numpy(fits).float()
         rungs = [design(obs, torch.full((len(obs),), rung), self.ladder) @ weights for rung in range(len(self.ladder))]
-        momentum, variance = torch.stack(rungs, 1).unbind(2)
-        return momentum, variance
+        return torch.stack(rungs, 1)
 
 
 class AdditivePolicy:
@@ -362,19 +365,30 @@ def fit(data: Outcomes, ladder: Ladder = LADDER) -> Fit:
     for _ in range(FIT_ROUNDS):
         scores = {(size, which): score for size in SIZES for which, score in enumerate(_elsewhere(data, size, noise))}
         size, which = max(scores, key=lambda key: scores[key])
-        coefficients = ridge(data, size, SHRINKAGES[which : which + 1], noise)[0]
+        chosen = SHRINKAGES[which : which + 1]
+        coefficients = ridge(data, size, chosen, noise)[0]
+        left_out = np.stack([fits[0] for _, fits in _without(data, size, chosen, noise)])
         noise = noise_of(data, data.rows[size] @ coefficients)
-    return Fit(Costs(coefficients, size, ladder), SHRINKAGES[which], spread, noise, scores[size, which])
+    return Fit(Costs(coefficients, size, ladder, left_out), SHRINKAGES[which], spread, noise, scores[size, which])
 
 
-def _elsewhere(data: Outcomes, size: float, noise: PerSetting) -> list[float]:
-    """What each shrinkage explains of families that were left out (of one family: of groups that were)."""
+def _without(
+    data: Outcomes, size: float, shrinkages: Sequence[float], noise: PerSetting
+) -> Iterator[tuple[NDArray[np.bool_], list[Floats]]]:
+    """Each family (of one family: each group) as a mask (runs,), and the coefficients fitted to the others, by shrinkage."""
     parts = data.family if len(np.unique(data.family)) > 1 else data.group
-    whole, predicted = _moments(data, size, noise), np.zeros((len(SHRINKAGES), len(data)))
+    whole = _moments(data, size, noise)
     for part in np.unique(parts):
         held = parts == part
         own = _moments(data.some(held), size, noise)
-        for row, coefficients in zip(predicted, _solve((whole[0] - own[0], whole[1] - own[1]), SHRINKAGES), strict=True):
+        yield held, _solve((whole[0] - own[0], whole[1] - own[1]), shrinkages)
+
+
+def _elsewhere(data: Outcomes, size: float, noise: PerSetting) -> list[float]:
+    """What each shrinkage explains of families that were left out."""
+    predicted = np.zeros((len(SHRINKAGES), len(data)))
+    for held, fits in _without(data, size, SHRINKAGES, noise):
+        for row, coefficients in zip(predicted, fits, strict=True):
             row[held] = data.rows[size][held] @ coefficients
     return [explained(data, row, noise) for row in predicted]
 
