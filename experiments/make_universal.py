@@ -34,6 +34,7 @@ from trajectories.campaign import Campaign, read_campaign, run_campaign
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "trajectories" / "universal.yml"
 NAME = "universal"
+HEURISTIC = "water-filling"                              # what a learned policy has to beat
 LOSS_ALONE = Reward(beta=0.0, gamma=0.0)                 # the budget is hard: what is left to decide is the loss
 GATE_SEED = 1000                                         # the first seed of the gate; the campaign's are below
 
@@ -119,34 +120,38 @@ def tune(scale: Scale, root: Path, standing: str) -> PolicyNetwork:
         env.close()
 
 
-def score(scale: Scale, path: Path, workers: int) -> dict[tuple[str, str, int, float], float]:
+def score(scale: Scale, policy: Path | str, workers: int) -> dict[tuple[str, str, int, float], float]:
     """Minus the per cent of loss above full precision's, per run of the gate; being below it is no merit (it is luck)."""
     found: dict[tuple[str, str, int, float], float] = {}
     seeds = [GATE_SEED + i for i in range(scale.gate_seeds)]
     for rule in ("adamw", "muon"):
         for work in scale.gate_workloads:
             settings = transfer.settings_of(scale.study, rule)
-            rows = evaluate(path, work, list(scale.gate_budgets), seeds, settings, workers=workers)
+            rows = evaluate(policy, work, list(scale.gate_budgets), seeds, settings, workers=workers)
             lost = [float("nan") if row.gap_full is None else max(row.gap_full, 0.0) for row in rows]
             found |= {(row.workload, rule, row.seed, float(row.budget)): -loss for row, loss in zip(rows, lost, strict=True)}
     return found
 
 
 def learn(scale: Scale, root: Path, cache: TrajectoryCache, workers: int) -> tuple[str, list[dict[str, Any]]]:
-    """Train the stages; each replaces the one that stands only where paired losses prove it better. Returns that, and why."""
-    standing, gates = "untrained", list[dict[str, Any]]()
+    """Train the stages; each replaces the one that stands only where paired losses prove it better. Returns that, and why.
+
+    The first has to be better than the heuristic: an untrained network gives every layer a rung by chance and keeps it, which
+    can be a sound choice.
+    """
+    standing, against, gates = "untrained", HEURISTIC, list[dict[str, Any]]()
     save_checkpoint(PolicyNetwork("mlp"), root / "untrained.safetensors", head="rung", card={"stage": "untrained"})
-    scores = score(scale, root / "untrained.safetensors", workers)
+    scores = score(scale, HEURISTIC, workers)
     for name, work in stages(scale, root, cache).items():
         path = root / f"{name}.safetensors"
         if not path.exists():
             save_checkpoint(work(standing), path, head="rung", card={"stage": name, "training_data_digest": cache.digest})
         own = score(scale, path, workers)
         decision = decide(own, scores)
-        gates.append({"policy": name, "against": standing, **decision.to_dict()})
-        print(f"gate: {name} against {standing}: {decision.reason}", flush=True)
+        gates.append({"policy": name, "against": against, **decision.to_dict()})
+        print(f"gate: {name} against {against}: {decision.reason}", flush=True)
         if decision.accepted:
-            standing, scores = name, own
+            standing, against, scores = name, name, own
     write_json(root / "gates.json", {"about": about(), "gates": gates, "standing": standing})
     return standing, gates
 

@@ -10,9 +10,9 @@ coefficients are shrunk (ridge), the special ones more than the general ones, so
 others; how much is chosen by leaving whole workload families out.
 
 What a rung is expected to lose in a family that was not seen is its cost. Costs add up over layers, so minus the cost is a
-score, and the optimizer's knapsack picks the allocation of least predicted loss for every budget. `additive` fits them and distils them
-into the network: a Monte-Carlo estimate of the action values of the recorded behaviour and one step of improvement on it
-(Brandfonbrener et al. 2021), without bootstrapping.
+score, and the optimizer's knapsack picks the allocation of least predicted loss for every budget. `additive` fits them and
+distils them into the network: a Monte-Carlo estimate of the action values of the recorded behaviour and one step of improvement
+on it (Brandfonbrener et al. 2021), without bootstrapping.
 """
 
 import math
@@ -95,8 +95,14 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
         _outer(variance * scales_steps, _outer(early_late, torch.cat([one, kinds], 1))),
-        early_late * momentum_error, early_late * variance_error * scales_steps,
+        early_late * momentum_error, early_late * variance_error * scales_steps, stopped(obs, nothing),
     ], 1)  # fmt: skip
+
+
+def stopped(obs: Tensor, nothing: Tensor) -> Tensor:
+    """Whether decisions (N, 1) that keep `nothing` (N, 1) of the first moment drop one that was kept so far: it costs once."""
+    kept = (feature(obs, "momentum_bits") > 0) & (feature(obs, "progress") > 0)
+    return nothing * kept[:, None]
 
 
 def circumstances(obs: Tensor) -> Tensor:
@@ -148,7 +154,7 @@ def _variance_errors(obs: Tensor) -> Tensor:
 
 
 SHRINKAGE = np.concatenate([                              # (D,) by regressor, in the order of `design`
-    np.tile(CONTEXT_PRIOR, 2 * (1 + len(RANKS) + 1)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0],
+    np.tile(CONTEXT_PRIOR, 2 * (1 + len(RANKS) + 1)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0], [0.5],
 ])  # fmt: skip
 
 
