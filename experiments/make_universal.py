@@ -94,8 +94,7 @@ def stages(scale: Scale, root: Path, cache: TrajectoryCache) -> dict[str, Callab
 
         return work
 
-    algos = {algo: improve(algo) for algo in ("iql", "additive")}
-    return {"bc": clone, **algos, "ppo": lambda standing: tune(scale, root, standing)}
+    return {"additive": improve("additive"), "bc": clone, "iql": improve("iql"), "ppo": lambda standing: tune(scale, root, standing)}
 
 
 def tune(scale: Scale, root: Path, standing: str) -> PolicyNetwork:
@@ -136,8 +135,8 @@ def score(scale: Scale, policy: Path | str, workers: int) -> dict[tuple[str, str
 def learn(scale: Scale, root: Path, cache: TrajectoryCache, workers: int) -> tuple[str, list[dict[str, Any]]]:
     """Train the stages; each replaces the one that stands only where paired losses prove it better. Returns that, and why.
 
-    The first has to be better than the heuristic: an untrained network gives every layer a rung by chance and keeps it, which
-    can be a sound choice.
+    The first has to be better than the heuristic. It is the one whose scores are costs, which mean something at every budget;
+    what clones or bootstraps has to prove better than that.
     """
     standing, against, gates = "untrained", HEURISTIC, list[dict[str, Any]]()
     save_checkpoint(PolicyNetwork("mlp"), root / "untrained.safetensors", head="rung", card={"stage": "untrained"})

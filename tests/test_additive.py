@@ -138,6 +138,18 @@ def test_noise_opposition_and_the_rate_are_read_off_an_observation() -> None:
     assert trained(0.0, -2.5, 1.0, 0.0) == [0.0, 0.0, 0.0]                           # nothing was seen yet
 
 
+def test_dropping_a_moment_is_charged_when_it_is_dropped() -> None:
+    """Keeping it away is not, nor starting without one."""
+    costs = Costs(np.eye(len(SHRINKAGE))[-1], 0.5)
+    obs = adamw_layer()
+    obs[0, FEATURE_INDEX["momentum_bits"]] = 0.6
+    assert not costs(obs).any()                                                      # the first decision
+    obs[0, FEATURE_INDEX["progress"]] = 0.1
+    assert float(costs(obs)[0, NONE]) == 1.0 and float(costs(obs).sum()) == 1.0
+    obs[0, FEATURE_INDEX["momentum_bits"]] = 0.0
+    assert not costs(obs).any()
+
+
 def adamw_layer() -> Tensor:
     obs = torch.zeros(1, FEATURE_DIM)
     obs[0, [FEATURE_INDEX[name] for name in ("rule_adamw", "kind_linear", "share")]] = 1.0
@@ -183,7 +195,7 @@ def test_final_losses_are_recorded_and_read(store: Path) -> None:
 
 def test_the_network_learns_the_costs(store: Path) -> None:
     cache = build_cache(store)
-    result = offline.train(PolicyNetwork("mlp", hidden=(32,)), cache, offline.OfflineArgs(algo="additive", updates=800))
+    result = offline.train(PolicyNetwork("mlp", hidden=(64,)), cache, offline.OfflineArgs(algo="additive", updates=1500, learning_rate=1e-3))
     assert {"explained_elsewhere", "explained_held_out", "loss"} <= set(result.metrics)
     obs = torch.from_numpy(next(iter(cache.episodes()))["observations"].copy())
     logits = result.network(obs).rung_logits

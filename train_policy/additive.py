@@ -154,7 +154,7 @@ def _variance_errors(obs: Tensor) -> Tensor:
 
 
 SHRINKAGE = np.concatenate([                              # (D,) by regressor, in the order of `design`
-    np.tile(CONTEXT_PRIOR, 2 * (1 + len(RANKS) + 1)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0, 2.0, 2.0, 2.0], [0.5],
+    np.tile(CONTEXT_PRIOR, 2 * (1 + len(RANKS) + 1)), np.kron(VARIANCE_PRIOR, np.tile(KIND_PRIOR, 2)), [2.0] * 4, [0.5],
 ])  # fmt: skip
 
 
