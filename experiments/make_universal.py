@@ -94,7 +94,8 @@ def stages(scale: Scale, root: Path, cache: TrajectoryCache) -> dict[str, Callab
 
         return work
 
-    return {"additive": improve("additive"), "bc": clone, "iql": improve("iql"), "ppo": lambda standing: tune(scale, root, standing)}
+    first, offline_rl = (improve(algo) for algo in ("additive", "iql"))
+    return {"additive": first, "bc": clone, "iql": offline_rl, "ppo": lambda standing: tune(scale, root, standing)}
 
 
 def tune(scale: Scale, root: Path, standing: str) -> PolicyNetwork:

@@ -195,7 +195,8 @@ def test_final_losses_are_recorded_and_read(store: Path) -> None:
 
 def test_the_network_learns_the_costs(store: Path) -> None:
     cache = build_cache(store)
-    result = offline.train(PolicyNetwork("mlp", hidden=(64,)), cache, offline.OfflineArgs(algo="additive", updates=1500, learning_rate=1e-3))
+    settings = offline.OfflineArgs(algo="additive", updates=1500, learning_rate=1e-3)
+    result = offline.train(PolicyNetwork("mlp", hidden=(64,)), cache, settings)
     assert {"explained_elsewhere", "explained_held_out", "loss"} <= set(result.metrics)
     obs = torch.from_numpy(next(iter(cache.episodes()))["observations"].copy())
     logits = result.network(obs).rung_logits
