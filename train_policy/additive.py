@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mango.config import LADDER, CompressionConfig, Ladder
-from mango.features import FEATURES, KINDS, RULES
+from mango.features import FEATURE_INDEX, FEATURES, KINDS, RULES
 from mango.networks import PolicyNetwork
 from mango.policies import best_scored, feature
 from mango.rules import ROUNDING_ERROR
@@ -400,7 +400,9 @@ def _elsewhere(data: Outcomes, size: float, noise: PerSetting) -> list[float]:
 
 
 def described(costs: Costs, obs: Tensor) -> list[dict[str, Any]]:
-    """The effects of the rungs on average over observations (N, 64), by rule and half of the run."""
+    """The effects of the rungs on average over observations (N, 64), by rule and half of the run, without that of a change."""
+    obs = obs.clone()
+    obs[:, FEATURE_INDEX["momentum_bits"]] = 0                                       # nothing is dropped that was kept so far
     found = costs.effects(obs)
     late = feature(obs, "progress") >= 0.5
     rows = []
