@@ -124,18 +124,18 @@ def test_mixing_keeps_every_column_and_breaks_what_went_together() -> None:
     assert abs(float(np.corrcoef(found[:, FEATURE_INDEX["lr"]], found[:, FEATURE_INDEX["share"]])[0, 1])) < 0.2
 
 
-def trained(cosine: float, lr: float, lr_ratio: float, progress: float) -> list[float]:
+def trained(cosine: float, lr: float, lr_ratio: float) -> list[float]:
     obs = torch.zeros(1, len(FEATURES))
-    for name, value in (("grad_cosine", cosine), ("lr", lr), ("lr_ratio", lr_ratio), ("progress", progress)):
+    for name, value in (("grad_cosine", cosine), ("lr", lr), ("lr_ratio", lr_ratio)):
         obs[0, FEATURE_INDEX[name]] = value
     return [round(one, 3) for one in circumstances(obs)[0].tolist()]
 
 
 def test_noise_opposition_and_the_rate_are_read_off_an_observation() -> None:
-    assert trained(0.5, -2.5, 1.0, 0.5) == [-1.3, 0.0, 0.0]                          # as much noise as signal
-    assert trained(1 / 21, -3.5, 0.1, 0.5) == [0.001, 0.0, 0.0]                      # twenty times as much; the rate fell since
-    assert trained(-0.15, -1.5, 1.0, 0.5)[1:] == [0.5, 1.0]                          # steps overshoot, at ten times the rate
-    assert trained(0.0, -2.5, 1.0, 0.0) == [0.0, 0.0, 0.0]                           # nothing was seen yet
+    assert trained(0.5, -2.5, 1.0) == [-1.3, 0.0, 0.0]                          # as much noise as signal
+    assert trained(1 / 21, -3.5, 0.1) == [0.001, 0.0, 0.0]                      # twenty times as much; the rate fell since
+    assert trained(-0.15, -1.5, 1.0)[1:] == [0.5, 1.0]                          # steps overshoot, at ten times the rate
+    assert trained(0.0, -2.5, 1.0) == [0.0, 0.0, 0.0]                           # nothing was seen yet
 
 
 def test_dropping_a_moment_is_charged_when_it_is_dropped() -> None:
@@ -144,7 +144,7 @@ def test_dropping_a_moment_is_charged_when_it_is_dropped() -> None:
     obs = adamw_layer()
     obs[0, FEATURE_INDEX["momentum_bits"]] = 0.6
     assert not costs(obs).any()                                                      # the first decision
-    obs[0, FEATURE_INDEX["progress"]] = 0.1
+    obs[0, FEATURE_INDEX["grad_cosine"]] = 0.1
     assert float(costs(obs)[0, NONE]) == 1.0 and float(costs(obs).sum()) == 1.0
     obs[0, FEATURE_INDEX["momentum_bits"]] = 0.0
     assert not costs(obs).any()

@@ -101,8 +101,13 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
 
 def stopped(obs: Tensor, nothing: Tensor) -> Tensor:
     """Whether decisions (N, 1) that keep `nothing` (N, 1) of the first moment drop one that was kept so far: it costs once."""
-    kept = (feature(obs, "momentum_bits") > 0) & (feature(obs, "progress") > 0)
+    kept = (feature(obs, "momentum_bits") > 0) & seen(obs)
     return nothing * kept[:, None]
+
+
+def seen(obs: Tensor) -> Tensor:
+    """Whether gradients of the layer were seen before a decision (N,): not before the first."""
+    return feature(obs, "grad_cosine") != 0
 
 
 def circumstances(obs: Tensor) -> Tensor:
@@ -112,8 +117,8 @@ def circumstances(obs: Tensor) -> Tensor:
     of one way have a cosine of 1 / (1 + noise / signal); it is below 0 where steps overshoot. Before gradients were seen both
     are 0. The rate is the largest so far. Noise and rate are powers of ten from a usual value.
     """
-    cosine, seen = feature(obs, "grad_cosine"), feature(obs, "progress") > 0
-    noise = (torch.log10(1 / cosine.clamp(*COSINES) - 1) - USUAL_NOISE) * seen
+    cosine = feature(obs, "grad_cosine")
+    noise = (torch.log10(1 / cosine.clamp(*COSINES) - 1) - USUAL_NOISE) * seen(obs)
     opposed = (-cosine).clamp(0, OPPOSED) / OPPOSED
     rate = feature(obs, "lr") - torch.log10(feature(obs, "lr_ratio").clamp(min=1e-3)) - USUAL_RATE
     return torch.stack([noise, opposed, rate.clamp(-RATES, RATES)], 1)
