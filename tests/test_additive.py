@@ -126,7 +126,7 @@ def test_mixing_keeps_every_column_and_breaks_what_went_together() -> None:
 
 def trained(cosine: float, lr: float, lr_ratio: float) -> list[float]:
     obs = torch.zeros(1, len(FEATURES))
-    for name, value in (("grad_cosine", cosine), ("lr", lr), ("lr_ratio", lr_ratio)):
+    for name, value in (("grad_cosine", cosine), ("lr", lr), ("lr_ratio", lr_ratio), ("grad_rms", -4.0 if cosine else -20.0)):
         obs[0, FEATURE_INDEX[name]] = value
     return [round(one, 3) for one in circumstances(obs)[0].tolist()]
 
@@ -142,9 +142,9 @@ def test_dropping_a_moment_is_charged_when_it_is_dropped() -> None:
     """Keeping it away is not, nor starting without one."""
     costs = Costs(np.eye(len(SHRINKAGE))[-1], 0.5)
     obs = adamw_layer()
-    obs[0, FEATURE_INDEX["momentum_bits"]] = 0.6
+    obs[0, FEATURE_INDEX["momentum_bits"]], obs[0, FEATURE_INDEX["grad_rms"]] = 0.6, -20.0
     assert not costs(obs).any()                                                      # the first decision
-    obs[0, FEATURE_INDEX["grad_cosine"]] = 0.1
+    obs[0, FEATURE_INDEX["grad_rms"]] = -4.0
     assert float(costs(obs)[0, NONE]) == 1.0 and float(costs(obs).sum()) == 1.0
     obs[0, FEATURE_INDEX["momentum_bits"]] = 0.0
     assert not costs(obs).any()

@@ -107,7 +107,7 @@ def stopped(obs: Tensor, nothing: Tensor) -> Tensor:
 
 def seen(obs: Tensor) -> Tensor:
     """Whether gradients of the layer were seen before a decision (N,): not before the first."""
-    return feature(obs, "grad_cosine") != 0
+    return feature(obs, "grad_rms") > FEATURES[FEATURE_INDEX["grad_rms"]].low
 
 
 def circumstances(obs: Tensor) -> Tensor:
