@@ -203,7 +203,7 @@ def test_the_network_learns_the_costs(store: Path) -> None:
     training, _ = split_runs(cache, 0.2, 0)
     wanted = -fit(outcomes_of(training)).costs(obs)
     said, meant = ((values - values[:, -1:]).flatten().numpy() for values in (logits.detach(), wanted))
-    assert float(np.corrcoef(said, meant)[0, 1]) > 0.9
+    assert float(np.corrcoef(said, meant)[0, 1]) > 0.85
 
 
 def test_data_without_twins_and_networks_with_memory_are_refused(store: Path, tmp_path: Path) -> None:
