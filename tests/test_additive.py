@@ -193,8 +193,9 @@ def test_final_losses_are_recorded_and_read(store: Path) -> None:
     assert np.allclose(sorted(max(x, BEST) for x in per_cent), sorted(data.loss[:6].tolist()))
 
 
-def test_the_network_learns_the_costs(store: Path) -> None:
-    cache = build_cache(store)
+def test_the_network_learns_the_costs(tmp_path: Path) -> None:
+    collect("digits_mlp", ["factorial", "fixed:m8v8", "random"], 8, [0.5], tmp_path, CollectArgs(horizon=12, interval=4))
+    cache = build_cache(tmp_path)
     settings = offline.OfflineArgs(algo="additive", updates=1500, learning_rate=1e-3)
     result = offline.train(PolicyNetwork("mlp", hidden=(64,)), cache, settings)
     assert {"explained_elsewhere", "explained_held_out", "loss"} <= set(result.metrics)
@@ -203,7 +204,7 @@ def test_the_network_learns_the_costs(store: Path) -> None:
     training, _ = split_runs(cache, 0.2, 0)
     wanted = -fit(outcomes_of(training)).costs(obs)
     said, meant = ((values - values[:, -1:]).flatten().numpy() for values in (logits.detach(), wanted))
-    assert float(np.corrcoef(said, meant)[0, 1]) > 0.85
+    assert float(np.corrcoef(said, meant)[0, 1]) > 0.9
 
 
 def test_data_without_twins_and_networks_with_memory_are_refused(store: Path, tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def momentum_level(config: CompressionConfig) -> int:
     """The place in `MOMENTUM` of what a config keeps of the first moment; -1 for 16 bits and more."""
     if config.rank:
         return 1 + RANKS.index(config.rank)
-    return {0: 0, 2: 6, 4: 7, 6: 8, 8: 9}.get(config.momentum_bits, -1)
+    levels = {0: 0} | {bits: 1 + len(RANKS) + at for at, bits in enumerate(BITS)}
+    return levels.get(config.momentum_bits, -1)
 
 
 def variance_level(config: CompressionConfig) -> int:
@@ -376,10 +377,10 @@ def fit(data: Outcomes, ladder: Ladder = LADDER) -> Fit:
     for _ in range(FIT_ROUNDS):
         scores = {(size, which): score for size in SIZES for which, score in enumerate(_elsewhere(data, size, noise))}
         size, which = max(scores, key=lambda key: scores[key])
-        chosen = SHRINKAGES[which : which + 1]
-        coefficients = ridge(data, size, chosen, noise)[0]
-        left_out = np.stack([fits[0] for _, fits in _without(data, size, chosen, noise)])
+        chosen, weighted = SHRINKAGES[which : which + 1], noise
+        coefficients = ridge(data, size, chosen, weighted)[0]
         noise = noise_of(data, data.rows[size] @ coefficients)
+    left_out = np.stack([fits[0] for _, fits in _without(data, size, chosen, weighted)])
     return Fit(Costs(coefficients, size, ladder, left_out), SHRINKAGES[which], spread, noise, scores[size, which])
 
 
