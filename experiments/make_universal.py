@@ -55,7 +55,7 @@ class Scale:
 
 
 FULL = Scale(
-    runs=800, updates=6000, epochs=40, timesteps=1024, gate_seeds=2, gate_budgets=(0.08, 0.125), changes={},
+    runs=1400, updates=6000, epochs=40, timesteps=1024, gate_seeds=2, gate_budgets=(0.08, 0.125), changes={},
     gate_workloads=("mnist_vit+batch=64+lr=0.002", "source_lm+batch=8+lr=0.003"),
     study=transfer.Args(policies=f"{NAME},water-filling,sensitivity,error-constrained,bc,random,scheduled,adaptive", steps=160,
                         interval=16),
@@ -86,16 +86,18 @@ def stages(scale: Scale, root: Path, cache: TrajectoryCache) -> dict[str, Callab
     def clone(_: str) -> PolicyNetwork:
         return bc.train(PolicyNetwork("mlp"), cache, bc.BcArgs(epochs=scale.epochs), progress=True).network
 
-    def improve(algo: str) -> Callable[[str], PolicyNetwork]:
-        def work(standing: str) -> PolicyNetwork:
-            start = load_policy(root / f"{standing}.safetensors").network
-            settings = offline.OfflineArgs(algo=algo, updates=scale.updates, learning_rate=1e-3 if algo == "additive" else 3e-4)
-            return offline.train(start, cache, settings, progress=True).network
+    def regress(standing: str) -> PolicyNetwork:
+        settings = offline.OfflineArgs(algo="additive", updates=4 * scale.updates, batch_size=512, learning_rate=3e-3)
+        return learned(standing, settings)
 
-        return work
+    def improve(standing: str) -> PolicyNetwork:
+        return learned(standing, offline.OfflineArgs(algo="iql", updates=scale.updates))
 
-    first, offline_rl = (improve(algo) for algo in ("additive", "iql"))
-    return {"additive": first, "bc": clone, "iql": offline_rl, "ppo": lambda standing: tune(scale, root, standing)}
+    def learned(standing: str, settings: offline.OfflineArgs) -> PolicyNetwork:
+        start = load_policy(root / f"{standing}.safetensors").network
+        return offline.train(start, cache, settings, progress=True).network
+
+    return {"additive": regress, "bc": clone, "iql": improve, "ppo": lambda standing: tune(scale, root, standing)}
 
 
 def tune(scale: Scale, root: Path, standing: str) -> PolicyNetwork:

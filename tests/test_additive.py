@@ -15,6 +15,8 @@ from mango_env.reward import Reward
 from train_policy import offline
 from train_policy.additive import (
     BEST,
+    CONTEXT_PRIOR,
+    RANKS,
     SHRINKAGE,
     SIZES,
     AdditivePolicy,
@@ -28,7 +30,6 @@ from train_policy.additive import (
     outcomes_of,
     weight_of,
 )
-from train_policy.batches import split_runs
 from train_policy.collect import CollectArgs, collect
 
 KINDS = ("attention_in", "attention_out", "mlp_up", "mlp_down")
@@ -164,6 +165,17 @@ def test_bits_cost_by_how_they_round_and_a_gain_is_no_cost() -> None:
     assert not gains(adamw_layer()).any() and float(gains.effects(adamw_layer())[0, LADDER.index("m8v0")]) < 0
 
 
+def test_a_subspace_that_leaves_nothing_out_costs_what_its_values_are_rounded_to() -> None:
+    half = 2 * len(CONTEXT_PRIOR)
+    coefficients = np.zeros(len(SHRINKAGE))
+    coefficients[: half * (1 + len(RANKS) + 1)] = 1.0                                # what is kept of the first moment, no errors
+    found = dict(zip(LADDER.names, Costs(coefficients, 0.5)(adamw_layer())[0].tolist(), strict=True))
+    assert found["r32p4q4v0"] == found["m4v0"] > 0                                   # of a layer with a side of 1
+    wide = adamw_layer()
+    wide[0, FEATURE_INDEX["numel"]] = 6.0
+    assert float(Costs(coefficients, 0.5)(wide)[0, LADDER.index("r32p4q4v0")]) > found["m4v0"]
+
+
 def test_what_differs_between_families_is_charged() -> None:
     """Of a normal distribution the part above 0, in the deviation that the fits without each family tell."""
     ones = np.ones(len(SHRINKAGE))
@@ -201,8 +213,7 @@ def test_the_network_learns_the_costs(tmp_path: Path) -> None:
     assert {"explained_elsewhere", "explained_held_out", "loss"} <= set(result.metrics)
     obs = torch.from_numpy(next(iter(cache.episodes()))["observations"].copy())
     logits = result.network(obs).rung_logits
-    training, _ = split_runs(cache, 0.2, 0)
-    wanted = -fit(outcomes_of(training)).costs(obs)
+    wanted = -fit(outcomes_of(cache)).costs(obs)                                     # of all runs, those of the validation too
     said, meant = ((values - values[:, -1:]).flatten().numpy() for values in (logits.detach(), wanted))
     assert float(np.corrcoef(said, meant)[0, 1]) > 0.9
 

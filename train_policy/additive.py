@@ -43,7 +43,6 @@ RANKS = (1, 4, 8, 32, 128)
 BITS = (2, 4, 6, 8)                                      # 16 and more cost nothing
 MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), *(f"{bits} bits" for bits in BITS))
 VARIANCE = ("factors", "4 bits", "8 bits")
-ROUNDED = torch.tensor([[(ROUNDING_ERROR[bits] / ROUNDING_ERROR[2]) ** 0.8] for bits in BITS])    # powers of 0.6 to 1 fit as well
 VARIANCE_PRIOR = (8.0, 32.0, 64.0)                       # shrinkage by level: fine rounding costs little
 CIRCUMSTANCES = 3                                        # see `circumstances`
 CONTEXT_SIZES = [1, len(RULES), len(KINDS), len(KINDS) * len(RULES), CIRCUMSTANCES, CIRCUMSTANCES * len(RULES)]
@@ -70,6 +69,12 @@ def momentum_level(config: CompressionConfig) -> int:
     return levels.get(config.momentum_bits, -1)
 
 
+def rounding(config: CompressionConfig) -> float:
+    """How far what is kept of the first moment is rounded: 1 for 2 bits. Powers of 0.6 to 1 of the error fit as well."""
+    bits = config.factor_bits_q if config.rank else config.momentum_bits
+    return float((ROUNDING_ERROR.get(bits, 0.0) / ROUNDING_ERROR[2]) ** 0.8)
+
+
 def variance_level(config: CompressionConfig) -> int:
     """The place in `VARIANCE`; -1 for 16 bits and more."""
     return {0: 0, 4: 1, 8: 2}.get(config.variance_bits, -1)
@@ -90,8 +95,9 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     context = torch.cat([one, rules, kinds, _outer(kinds, rules), trains, _outer(trains, rules)], 1)
     early_late, scales_steps = hats(obs), rules[:, [RULES.index("adamw")]]     # other rules keep no second moment
     kept, momentum_error = _level(obs, rungs, [momentum_level(rung) for rung in ladder], len(MOMENTUM), _momentum_errors(obs))
-    nothing, ranks, bits = torch.tensor_split(kept, (1, 1 + len(RANKS)), 1)
-    momentum = torch.cat([nothing, ranks * shortfall(obs), bits @ ROUNDED], 1)
+    nothing, ranks, _ = torch.tensor_split(kept, (1, 1 + len(RANKS)), 1)
+    rounded = torch.tensor([[rounding(rung)] for rung in ladder])[rungs]
+    momentum = torch.cat([nothing, ranks * shortfall(obs), rounded], 1)
     variance, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
@@ -375,31 +381,32 @@ def fit(data: Outcomes, ladder: Ladder = LADDER) -> Fit:
     data = data.in_units(spread)
     noise = noise_of(data, np.zeros(len(data)))
     for _ in range(FIT_ROUNDS):
-        scores = {(size, which): score for size in SIZES for which, score in enumerate(_elsewhere(data, size, noise))}
+        without = {size: list(_without(data, size, noise)) for size in SIZES}
+        explains = {size: _elsewhere(data, size, noise, fits) for size, fits in without.items()}
+        scores = {(size, which): score for size, found in explains.items() for which, score in enumerate(found)}
         size, which = max(scores, key=lambda key: scores[key])
-        chosen, weighted = SHRINKAGES[which : which + 1], noise
-        coefficients = ridge(data, size, chosen, weighted)[0]
+        coefficients = ridge(data, size, SHRINKAGES[which : which + 1], noise)[0]
         noise = noise_of(data, data.rows[size] @ coefficients)
-    left_out = np.stack([fits[0] for _, fits in _without(data, size, chosen, weighted)])
+    left_out = np.stack([fits[which] for _, fits in without[size]])
     return Fit(Costs(coefficients, size, ladder, left_out), SHRINKAGES[which], spread, noise, scores[size, which])
 
 
-def _without(
-    data: Outcomes, size: float, shrinkages: Sequence[float], noise: PerSetting
-) -> Iterator[tuple[NDArray[np.bool_], list[Floats]]]:
+def _without(data: Outcomes, size: float, noise: PerSetting) -> Iterator[tuple[NDArray[np.bool_], list[Floats]]]:
     """Each family (of one family: each group) as a mask (runs,), and the coefficients fitted to the others, by shrinkage."""
     parts = data.family if len(np.unique(data.family)) > 1 else data.group
     whole = _moments(data, size, noise)
     for part in np.unique(parts):
         held = parts == part
         own = _moments(data.some(held), size, noise)
-        yield held, _solve((whole[0] - own[0], whole[1] - own[1]), shrinkages)
+        yield held, _solve((whole[0] - own[0], whole[1] - own[1]), SHRINKAGES)
 
 
-def _elsewhere(data: Outcomes, size: float, noise: PerSetting) -> list[float]:
+def _elsewhere(
+    data: Outcomes, size: float, noise: PerSetting, without: Sequence[tuple[NDArray[np.bool_], list[Floats]]]
+) -> list[float]:
     """What each shrinkage explains of families that were left out."""
     predicted = np.zeros((len(SHRINKAGES), len(data)))
-    for held, fits in _without(data, size, SHRINKAGES, noise):
+    for held, fits in without:
         for row, coefficients in zip(predicted, fits, strict=True):
             row[held] = data.rows[size][held] @ coefficients
     return [explained(data, row, noise) for row in predicted]
