@@ -197,6 +197,7 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `above` counts only what is lost: a loss below full precision's is as good as equal. `best_fixed` is another rung in every
     cell, chosen in hindsight; `one_fixed` the one rung that loses least over all cells, which is what a user could choose.
+    `saved` is what the policy loses less than that rung, with the 95 % interval of its mean over the cases (bootstrap).
     `noise_above` is what runs lose by that measure which hold 16 bits: what a difference has to exceed to mean anything.
     """
     found = []
@@ -208,7 +209,8 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for policy in dict.fromkeys(row["policy"] for row in here):
             cases = [row for row in here if row["policy"] == policy]
             differences = [row["difference"] for row in cases]
-            low, high = bootstrap_interval(differences) if len(cases) > 1 else (differences[0], differences[0])
+            saved = [max(row["fixed"][one], 0.0) - max(row["gap_percent"], 0.0) for row in cases] if one else []
+            (low, high), (least, most) = _interval(differences), _interval(saved) if saved else (None, None)
             floor = [row["noise"] for row in cases if row["noise"] is not None]
             worst = max(cases, key=lambda row: row["difference"])
             found.append({
@@ -216,12 +218,17 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "gap_percent": fmean(row["gap_percent"] for row in cases), "above": _above(row["gap_percent"] for row in cases),
                 "best_fixed_above": _above(row["best_fixed_gap_percent"] for row in cases),
                 "one_fixed": one, "one_fixed_above": _above(row["fixed"][one] for row in cases) if one else None,
+                "saved": fmean(saved) if saved else None, "saved_low": least, "saved_high": most,
                 "difference": fmean(differences), "difference_low": low, "difference_high": high,
                 "noise_above": _above(floor) if floor else None,
                 "worst": worst["difference"], "worst_case": f"{worst['workload']} {worst['rule']}",
                 "worst_gap_percent": max(row["gap_percent"] for row in cases), "failed": sum(row["failed"] for row in cases),
             })  # fmt: skip
     return found
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    return bootstrap_interval(values) if len(values) > 1 else (values[0], values[0])
 
 
 def _above(gaps: Iterable[float]) -> float:

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import ope_returns, oracle_headroom, trunk_variants
+from experiments import cost_fidelity, ope_returns, oracle_headroom, trunk_variants
 from mango.config import LADDER
 from mango.features import FEATURES
 from mango.policy_file import load_policy
+from mango_env.cache import build_cache
+from train_policy.additive import AdditivePolicy, fit, outcomes_of
+from train_policy.collect import CollectArgs, collect
 from train_policy.evaluate import policy_of, start_run
 
 FIXTURE = Path(__file__).resolve().parent.parent / "trajectories" / "fixture"
@@ -156,3 +159,24 @@ def test_students_learn_their_teachers_scores_and_are_compared_on_runs_they_have
     teacher = load_policy("universal").network
     few, many = (trunk_variants.teach("lstm", teacher, known, replace(args, updates=updates))[1] for updates in (5, 60))
     assert many < few
+
+
+def test_the_costs_themselves_lose_nothing_and_what_is_no_better_than_chance_loses(tmp_path: Path) -> None:
+    collect("digits_mlp", ["factorial", "fixed:m8v0", "random"], 4, [0.5], tmp_path / "data", CollectArgs(horizon=12, interval=4))
+    args = cost_fidelity.Args(data=tmp_path / "data", budgets="0.0625,0.125", shares="0.5", draws=1, out=tmp_path / "f.json")
+    cost_fidelity.train(args)
+    rows = json.loads(args.out.read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["universal"] * 2 + ["0.5 of the runs, draw 0"] * 2
+    assert all(row["decisions"] > 0 and row["lost"] >= -1e-3 * row["best"] and 0 <= row["equal"] <= 1 for row in rows)
+    cache = build_cache(args.data)
+    costs = fit(outcomes_of(cache)).costs
+    asked = list(cost_fidelity.cases(cache, costs, args))
+    assert all(row["lost"] == 0 and row["equal"] == 1 for row in cost_fidelity.measure(asked, AdditivePolicy(costs)))
+    assert any(row["lost"] > 0 for row in rows)
+
+
+def test_a_share_of_the_runs_keeps_their_twins(tmp_path: Path) -> None:
+    collect("digits_mlp", ["factorial", "random"], 3, [0.5], tmp_path, CollectArgs(horizon=8, interval=4))
+    data = outcomes_of(build_cache(tmp_path))
+    part = cost_fidelity.without(data, 0.0, np.random.default_rng(0))
+    assert len(part) == 3 and not part.loss.any() and len(cost_fidelity.without(data, 1.0, np.random.default_rng(0))) == len(data)

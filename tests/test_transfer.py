@@ -48,6 +48,7 @@ def test_totals_name_the_worst_case_and_count_only_what_is_lost() -> None:
     (total,) = transfer.totals([*rows, rows[0] | other | {"noise": 0.25, "fixed": {"m0v0": 1.0, "m2v0": 0.5}}])
     assert total["above"] == pytest.approx(1.0) and total["best_fixed_above"] == pytest.approx(2.75)
     assert total["one_fixed"] == "m0v0" and total["one_fixed_above"] == pytest.approx(3.0)       # m2v0 does not fit everywhere
+    assert total["saved"] == pytest.approx(2.0) and total["saved_low"] <= 1.0 and total["saved_high"] >= 3.0     # 3 and 1
     assert total["worst"] == 1.0 and total["worst_case"] == "other adamw" and total["cases"] == 2
     assert total["noise_above"] == 0.25                      # of the cells where it is known
     assert total["difference"] == pytest.approx(-1.0) and "m0v0 3.00" in transfer.table([total])
