@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import cost_fidelity, ope_returns, oracle_headroom, trunk_variants
+from experiments import cost_fidelity, distilled_tree, ope_returns, oracle_headroom, trunk_variants
 from mango.config import LADDER
 from mango.features import FEATURES
 from mango.policy_file import load_policy
@@ -180,3 +180,20 @@ def test_a_share_of_the_runs_keeps_their_twins(tmp_path: Path) -> None:
     data = outcomes_of(build_cache(tmp_path))
     part = cost_fidelity.without(data, 0.0, np.random.default_rng(0))
     assert len(part) == 3 and not part.loss.any() and len(cost_fidelity.without(data, 1.0, np.random.default_rng(0))) == len(data)
+
+
+def test_trees_are_judged_on_workloads_that_they_have_not_learned_from(tmp_path: Path) -> None:
+    args = distilled_tree.Args(
+        policy="water-filling", learned="digits_mlp", judged="digits_mlp+width=64", rules="adamw", budgets="0.125", depths="1,3",
+        seeds=2, steps=20, interval=5, out=tmp_path / "t.json",
+    )  # fmt: skip
+    distilled_tree.train(args)
+    kept = json.loads(args.out.read_text())
+    assert [row["policy"] for row in kept["summary"]] == ["water-filling", "tree of depth 1", "tree of depth 3"]
+    assert {row["workload"] for row in kept["rows"]} == {"digits_mlp+width=64"} and len(kept["rows"]) == 6
+    policy, shallow, deep = kept["summary"]
+    assert policy["more"] == 0 and "agrees" not in policy and policy["runs"] == 2
+    for tree in (shallow, deep):
+        assert 0 <= tree["agrees"] <= 1 and tree["more"] == pytest.approx(tree["above"] - policy["above"])
+    nodes = {name: len(tree["nodes"]["feature"]) for name, tree in kept["trees"].items()}
+    assert nodes["tree of depth 1"] <= 3 < nodes["tree of depth 3"]

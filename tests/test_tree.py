@@ -14,6 +14,7 @@ from mango import MANGO
 from mango.config import KNOBS, LADDER, NVEC
 from mango.features import FEATURE_DIM, FEATURE_INDEX, FEATURES
 from mango.policies import Choice, ScoringPolicy, WaterFillingPolicy, as_action
+from train_policy.evaluate import EvaluationArgs
 from train_policy.inspection import probe
 from train_policy.tree import LEAF, TreePolicy, distil_tree, fidelity, preferred, rules
 
@@ -143,7 +144,7 @@ def test_what_cannot_be_told_as_a_tree_is_said_in_one_line() -> None:
 
 
 def test_a_real_run_answers_again_what_it_decided() -> None:
-    options: dict[str, Any] = {"steps": 60, "budget": 0.15}
+    options: dict[str, Any] = {"settings": EvaluationArgs(horizon=60), "budget": 0.15}
     seen = probe(WaterFillingPolicy(), "digits_mlp", seed=0, **options)
     for answer, obs, rungs in zip(seen.answers, seen.observations, seen.rungs, strict=True):
         assert seen.resolve(answer, obs).tolist() == rungs.tolist()

@@ -209,14 +209,17 @@ def inspect(
     steps: StepsOption = None,
     budget: Annotated[str, typer.Option(help="a fraction of AdamW's state, a size, or bytes")] = "0.25",
     depth: Annotated[int, typer.Option(help="questions on the way to a leaf of its decision tree, at most")] = 4,
+    rule: RuleOption = "adamw",
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
     """What a policy is, what it decides during a run, what moves it, its phases, and the policy as a small decision tree."""
     from mango.policy_file import load_policy
+    from train_policy.evaluate import EvaluationArgs
     from train_policy.inspection import inspect_policy
 
-    found = inspect_policy(load_policy(policy), workload, seed=seed, steps=steps, budget=parse_budget(budget), depth=depth)
+    settings = EvaluationArgs(horizon=steps, rule=rule)
+    found = inspect_policy(load_policy(policy), workload, settings, seed=seed, budget=parse_budget(budget), depth=depth)
     emit(json, found, lambda: print_inspection(found))
 
 
@@ -226,7 +229,7 @@ def print_inspection(found: dict[str, Any]) -> None:
     card = {key: value for key, value in found["card"].items() if not isinstance(value, list | dict)}
     print_table("Card", ("", ""), [(key, str(value)) for key, value in card.items()])
     probe = found["probe"]
-    title = f"Decisions on {probe['workload']}, seed {probe['seed']}, budget {probe['budget']}"
+    title = f"Decisions on {probe['workload']} under {probe['rule']}, seed {probe['seed']}, budget {probe['budget']}"
     last = len(probe["rungs"]) - 1
     moments = sorted({0, last // 4, last // 2, 3 * last // 4, last})
     columns = ("layer", *(f"decision {t}" for t in moments))

@@ -7,7 +7,7 @@ The tree: the policy in a few rules, learned from runs beside the probe, and how
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from mango.config import LADDER, CompressionConfig
 from mango.features import FEATURES
 from mango.policies import Choice, Policy, ScoringPolicy, phases
 from mango.policy_file import FrozenPolicy
-from mango_env.run import TrainingRun
+from train_policy.evaluate import EvaluationArgs, start_run
 from train_policy.tree import DEPTH, distil_tree, fidelity, rules
 
 PHASES = ("early", "middle", "converged")
@@ -74,15 +74,14 @@ def facts(policy: FrozenPolicy) -> dict[str, Any]:
 def probe(
     policy: Policy | ScoringPolicy,
     workload: str,
+    settings: EvaluationArgs | None = None,
     *,
     seed: int = 0,
-    steps: int | None = None,
-    interval: int = 10,
     budget: float | str = 0.25,
 ) -> Probe:
     """Let the policy decide one training run and keep everything that it saw."""
     policy.reset()
-    run = TrainingRun(workload, seed, horizon=steps, interval=interval, memory_budget=budget, policy="hold")
+    run = start_run(workload, seed, budget, "hold", settings or EvaluationArgs())
     observations, answers, rungs, phase, losses, memory = [], [], [], [], [], []
     while not run.done:
         observation = torch.from_numpy(run.observe())
@@ -200,20 +199,20 @@ def silhouette(points: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> 
 def tree_of(
     policy: Policy | ScoringPolicy,
     learned: Sequence[Probe],
+    settings: EvaluationArgs,
     *,
     seed: int,
-    steps: int | None,
     budget: float | str,
     depth: int = DEPTH,
 ) -> dict[str, Any]:
-    """The policy as a decision tree, judged on a further run of the same workload with the given seed and budget.
+    """The policy as a decision tree, judged on a further run of the same workload with the given settings, seed and budget.
 
     `learned` are runs of the policy with other seeds. The tree also decides that run alone: its held-out loss stands beside
     the policy's.
     """
     tree = distil_tree(learned, depth=depth)
-    held_out = probe(policy, learned[0].workload, seed=seed, steps=steps, budget=budget)
-    alone = probe(tree, learned[0].workload, seed=seed, steps=steps, budget=budget)
+    held_out = probe(policy, learned[0].workload, settings, seed=seed, budget=budget)
+    alone = probe(tree, learned[0].workload, settings, seed=seed, budget=budget)
     return {
         "depth": depth,
         "learned_runs": len(learned),
@@ -229,21 +228,23 @@ def tree_of(
 def inspect_policy(
     policy: FrozenPolicy,
     workload: str,
+    settings: EvaluationArgs | None = None,
     *,
     seed: int = 0,
-    steps: int | None = None,
     budget: float | str = 0.25,
     depth: int = DEPTH,
 ) -> dict[str, Any]:
     """Everything that `mango inspect` tells, as JSON-able facts. Runs have the seeds from `seed` on."""
-    seen = probe(policy, workload, seed=seed, steps=steps, budget=budget)
-    short = min(seen.steps, TREE_STEPS)
-    others = [probe(policy, workload, seed=seed + i, steps=short, budget=budget) for i in range(1, LEARNED_RUNS)]
+    settings = settings or EvaluationArgs()
+    seen = probe(policy, workload, settings, seed=seed, budget=budget)
+    short = replace(settings, horizon=min(seen.steps, TREE_STEPS))
+    others = [probe(policy, workload, short, seed=seed + i, budget=budget) for i in range(1, LEARNED_RUNS)]
     moved = {name: value for name, value in sensitivity(policy, seen).items() if math.isfinite(value)}
     return {
         **facts(policy),
         "probe": {
             "workload": workload,
+            "rule": settings.rule,
             "seed": seed,
             "budget": budget,
             "layers": seen.layers,
@@ -254,5 +255,5 @@ def inspect_policy(
         },
         "sensitivity": moved,
         "phase_separation": phase_separation(seen),
-        "tree": tree_of(policy, [seen, *others], seed=seed + LEARNED_RUNS, steps=short, budget=budget, depth=depth),
+        "tree": tree_of(policy, [seen, *others], short, seed=seed + LEARNED_RUNS, budget=budget, depth=depth),
     }
