@@ -78,7 +78,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         more = [mine - its for mine, its in zip(lost, first, strict=True)]
         told: dict[str, Any] = {"policy": name, "runs": len(lost), "above": fmean(lost), "more": fmean(more)}
         if name != asked:
-            told["more_low"], told["more_high"] = bootstrap_interval(more)
+            told["more_low"], told["more_high"] = bootstrap_interval(more) if len(more) > 1 else (None, None)
             here = [row for row in rows if row["policy"] == name]
             told |= {key: fmean(row[key] for row in here) for key in ("agrees", "constant")}
         found.append(told)
