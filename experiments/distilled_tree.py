@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import parse, stamp, write
-from experiments.transfer import names
+from experiments.transfer import names, possible
 from mango_env.twin import twin_of
 from train_policy.evaluate import EvaluationArgs, policy_of, start_run
 from train_policy.evaluation_rows import percent_above
@@ -30,7 +30,7 @@ from train_policy.tree import distil_tree, fidelity, rules
 @dataclass(frozen=True)
 class Args:
     policy: str = "universal"
-    learned: str = "mnist_vit+batch=16,shakespeare_lm+width=64+batch=8,books_words+batch=8,cifar10_cnn+width=8+depth=1+batch=16"
+    learned: str = "mnist_vit+batch=16,shakespeare_lm+width=64+batch=8,books_words+batch=8,cifar10_cnn+batch=16"
     judged: str = "source_lm+batch=8,mnist_cnn+width=16+batch=16"        # workloads that no tree learns from
     rules: str = "adamw,muon"
     budgets: str = "0.0625,0.125"                       # of AdamW's state bytes
@@ -43,18 +43,19 @@ class Args:
     out: Path = Path("benchmarks/results/distilled_tree.json")
 
 
-def settings(args: Args) -> Iterator[tuple[EvaluationArgs, float]]:
-    """How runs are trained, and their budgets."""
+def settings(workload: str, args: Args) -> Iterator[tuple[EvaluationArgs, float]]:
+    """How runs of a workload are trained, and the budgets that it can have."""
     usual = EvaluationArgs(horizon=args.steps, interval=args.interval, schedule="cosine")
     for rule in names(args.rules):
         scale = args.matrix_lr_scale if rule == "muon" else 1.0
-        for budget in names(args.budgets):
-            yield replace(usual, rule=rule, matrix_lr_scale=scale), float(budget)
+        for budget in map(float, names(args.budgets)):
+            if possible(workload, rule, budget):
+                yield replace(usual, rule=rule, matrix_lr_scale=scale), budget
 
 
 def judge(decided: dict[str, Any], learned: list[Probe], workload: str, seed: int, args: Args) -> Iterator[dict[str, Any]]:
     """The policy, the first of `decided`, and the trees on one workload and seed."""
-    for how, budget in settings(args):
+    for how, budget in settings(workload, args):
         full = twin_of(start_run(workload, seed, budget, "hold", how)).evaluation["val_loss"]
         runs = {name: probe(policy, workload, how, seed=seed, budget=budget) for name, policy in decided.items()}
         asked = next(iter(runs.values()))
@@ -88,13 +89,11 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def train(args: Args) -> Path:
     torch.set_num_threads(1)
     policy = policy_of(args.policy)
-    learned: list[Probe] = []
-    for workload in names(args.learned):
-        for how, budget in settings(args):
-            try:
-                learned.append(probe(policy, workload, how, seed=args.seed + args.seeds, budget=budget))
-            except ValueError as error:                  # a budget that the model cannot have
-                print(f"left out: {workload} {how.rule} {budget:g}: {error}", flush=True)
+    learned = [
+        probe(policy, workload, how, seed=args.seed + args.seeds, budget=budget)
+        for workload in names(args.learned)
+        for how, budget in settings(workload, args)
+    ]
     trees = {f"tree of depth {depth}": distil_tree(learned, depth=int(depth)) for depth in names(args.depths)}
     told = {name: {"rules": rules(tree, learned), "nodes": tree.to_dict()} for name, tree in trees.items()}
     rows: list[dict[str, Any]] = []
