@@ -19,12 +19,14 @@ import torch
 
 from benchmarks.record import parse, stamp, write
 from experiments.transfer import names, possible
+from mango.policy_file import FrozenPolicy, freeze
 from mango_env.twin import twin_of
 from train_policy.evaluate import EvaluationArgs, policy_of, start_run
 from train_policy.evaluation_rows import percent_above
 from train_policy.gate import bootstrap_interval
 from train_policy.inspection import Probe, probe
-from train_policy.tree import distil_tree, fidelity, rules
+from train_policy.provenance import about
+from train_policy.tree import TreePolicy, distil_tree, fidelity, network_of, rules
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Args:
     steps: int = 160
     interval: int = 16
     matrix_lr_scale: float = 4.0                        # Muon's rate over AdamW's
+    frozen: Path = Path("runs/universal_tree.safetensors")               # where the first tree is frozen
     out: Path = Path("benchmarks/results/distilled_tree.json")
 
 
@@ -86,6 +89,30 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def freeze_tree(tree: TreePolicy, learned: list[Probe], rows: list[dict[str, Any]], args: Args) -> Path:
+    """A tree as a policy file, whose card says what it was distilled from and what it lost beside that."""
+    policy = policy_of(args.policy)
+    card = {
+        "description": f"A decision tree distilled from {args.policy}: its scores of a layer's rungs, in a few questions.",
+        "licence": "MIT",
+        "made": about(stamp(args)["command"]),
+        "distilled_from": {"policy": args.policy} | distilled_from(policy),
+        "trained_on": names(args.learned),
+        "rules": rules(tree, learned),
+        "evaluation": summary(rows)[:2],
+    }
+    observations = torch.cat([obs for run in learned for obs in run.observations])
+    return freeze(network_of(tree, observations), args.frozen, card=card)
+
+
+def distilled_from(policy: Any) -> dict[str, Any]:
+    """The checksum and the training data of a frozen policy; nothing of a heuristic."""
+    if not isinstance(policy, FrozenPolicy):
+        return {}
+    known = ("training_data_digest", "campaign_digest", "runs")
+    return {"weights_sha256": policy.metadata["weights_sha256"]} | {key: policy.card[key] for key in known if key in policy.card}
+
+
 def train(args: Args) -> Path:
     torch.set_num_threads(1)
     policy = policy_of(args.policy)
@@ -101,6 +128,7 @@ def train(args: Args) -> Path:
         for seed in range(args.seed, args.seed + args.seeds):
             rows += judge({args.policy: policy, **trees}, learned, workload, seed, args)
             write(args.out, stamp(args) | {"summary": summary(rows), "rows": rows, "trees": told})
+    freeze_tree(next(iter(trees.values())), learned, rows, args)
     for one in summary(rows):
         agrees = f", agrees in {one['agrees']:.0%} (one table for all layers {one['constant']:.0%})" if "agrees" in one else ""
         print(f"{one['policy']:18s} loses {one['above']:.2f} % in {one['runs']} runs{agrees}")

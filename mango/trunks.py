@@ -115,6 +115,52 @@ class MlpTrunk(nn.Module):
         return self(obs), None
 
 
+class TreeTrunk(nn.Module):
+    """Normaliser, then a decision tree. Observations (..., F) to the leaf that they end in, one-hot (..., 2^depth).
+
+    Question i asks whether a normalised feature is above a threshold, and leads to question 2 i + 1 (no) or 2 i + 2 (yes). So a
+    head has one column of weights per leaf. Questions are set (`train_policy.tree.network_of`) and do not train; heads do.
+
+    >>> TreeTrunk(depth=3)(torch.zeros(5, 64)).sum(1)
+    tensor([1., 1., 1., 1., 1.])
+    """
+
+    has_memory = False
+    state_names: tuple[str, ...] = ()
+    feature: Tensor                                      # (2^depth - 1,) which one is asked for; float, as all of a file
+    threshold: Tensor                                    # (2^depth - 1,)
+
+    def __init__(
+        self,
+        depth: int = 4,
+        *,
+        feature_dim: int = FEATURE_DIM,
+        generator: torch.Generator | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        check_size("feature_dim", feature_dim)
+        self.features_dim = 2 ** check_size("depth", depth, 10)
+        self.settings: dict[str, Any] = {"depth": depth, "feature_dim": feature_dim}
+        self.depth = depth
+        self.normaliser = Normaliser(feature_dim, device)
+        for name in ("feature", "threshold"):
+            self.register_buffer(name, torch.zeros(self.features_dim - 1, device=device))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        normed = self.normaliser(obs)
+        feature = self.feature.long().clamp(0, normed.shape[-1] - 1)
+        at = torch.zeros(normed.shape[:-1], dtype=torch.int64, device=normed.device)
+        for _ in range(self.depth):
+            asked = normed.gather(-1, feature[at].unsqueeze(-1)).squeeze(-1)
+            at = 2 * at + 1 + (asked > self.threshold[at]).long()
+        return F.one_hot(at - len(feature), self.features_dim).to(normed.dtype)
+
+    def step(self, obs: Tensor, state: State | None = None) -> tuple[Tensor, None]:
+        """Features and no state: the same signature for every trunk."""
+        return self(obs), None
+
+
 class LstmTrunk(nn.Module):
     """Normaliser, then an LSTM. (B, F) or (B, T, F) to (B, [T,] hidden_dim); state (h, c), each (num_layers, B, hidden_dim)."""
 
@@ -270,7 +316,7 @@ def _normal(rows: int, columns: int, std: float, generator: torch.Generator, dev
     return nn.Parameter(table if device == "meta" else nn.init.normal_(table, 0.0, std, generator=generator))
 
 
-Trunk = MlpTrunk | LstmTrunk | TinyFormer
-TRUNKS: dict[str, type[MlpTrunk] | type[LstmTrunk] | type[TinyFormer]] = {
-    "mlp": MlpTrunk, "lstm": LstmTrunk, "tinyformer": TinyFormer,
+Trunk = MlpTrunk | LstmTrunk | TinyFormer | TreeTrunk
+TRUNKS: dict[str, type[MlpTrunk] | type[LstmTrunk] | type[TinyFormer] | type[TreeTrunk]] = {
+    "mlp": MlpTrunk, "lstm": LstmTrunk, "tinyformer": TinyFormer, "tree": TreeTrunk,
 }  # fmt: skip

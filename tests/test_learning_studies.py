@@ -185,9 +185,11 @@ def test_a_share_of_the_runs_keeps_their_twins(tmp_path: Path) -> None:
 def test_trees_are_judged_on_workloads_that_they_have_not_learned_from(tmp_path: Path) -> None:
     args = distilled_tree.Args(
         policy="water-filling", learned="digits_mlp", judged="digits_mlp+width=64", rules="adamw", budgets="0.125", depths="1,3",
-        seeds=2, steps=20, interval=5, out=tmp_path / "t.json",
+        seeds=2, steps=20, interval=5, out=tmp_path / "t.json", frozen=tmp_path / "tree.safetensors",
     )  # fmt: skip
     distilled_tree.train(args)
+    frozen = load_policy(args.frozen)
+    assert frozen.network.architecture["depth"] == 1 and frozen.card["evaluation"][1]["runs"] == 2
     kept = json.loads(args.out.read_text())
     assert [row["policy"] for row in kept["summary"]] == ["water-filling", "tree of depth 1", "tree of depth 3"]
     assert {row["workload"] for row in kept["rows"]} == {"digits_mlp+width=64"} and len(kept["rows"]) == 6

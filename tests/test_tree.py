@@ -1,6 +1,7 @@
 """Promises about a policy told as a decision tree: it is scikit-learn's, it is a policy, and its fidelity is counted as said."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Generator, Tensor
 from mango import MANGO
 from mango.config import KNOBS, LADDER, NVEC
 from mango.features import FEATURE_DIM, FEATURE_INDEX, FEATURES
+from mango.networks import PolicyNetwork
 from mango.policies import Choice, ScoringPolicy, WaterFillingPolicy, as_action
+from mango.policy_file import freeze, load_policy
 from train_policy.evaluate import EvaluationArgs
 from train_policy.inspection import probe
-from train_policy.tree import LEAF, TreePolicy, distil_tree, fidelity, preferred, rules
+from train_policy.tree import LEAF, TreePolicy, distil_tree, fidelity, network_of, preferred, rules
 
 R = len(LADDER)
 BEST, WORST = R - 1, 0
@@ -132,6 +135,37 @@ def test_a_tree_is_a_policy_for_the_optimizer_under_its_budget() -> None:
         model(torch.ones(4, 64)).square().mean().backward()
         optimizer.step()
         assert optimizer.state_bytes() <= optimizer.memory_budget
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_a_tree_is_a_network_that_is_frozen_and_decides_as_it_does(depth: int, tmp_path: Path) -> None:
+    tree = distil_tree([made(0)], depth=depth)
+    seen, unseen = torch.cat(made(0).observations), torch.cat(observed(7, decisions=60))
+    network = network_of(tree, seen)
+    assert network.architecture["architecture"] == "tree" and network.architecture["depth"] <= depth
+    policy = load_policy(freeze(network, tmp_path / "tree", card={}))
+    wanted, found = tree.scores(unseen), policy.scores(unseen).double()
+    assert torch.allclose(found - found[:, -1:], wanted - wanted[:, -1:], atol=1e-5)
+    assert torch.equal(policy.act(unseen), tree.act(unseen)) and policy.state_dict() == {}
+    rare = torch.full((1, FEATURE_DIM), 1e3)                  # no matter how few observations lie beyond a threshold
+    far = network_of(tree, torch.cat([torch.zeros(10_000, FEATURE_DIM), seen])).eval()
+    for obs in (unseen, rare):
+        logits = far(obs).rung_logits.double()
+        assert torch.allclose(logits, tree.scores(obs) - tree.scores(obs)[:, -1:], atol=1e-5)
+    odd = torch.full((1, FEATURE_DIM), torch.nan)
+    assert bool(policy.scores(odd).isfinite().all())
+
+
+def test_a_trees_questions_stay_and_its_leaves_learn() -> None:
+    network = network_of(distil_tree([made(0)], depth=2), torch.cat(made(0).observations))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    network(torch.cat(observed(1))).rung_logits.square().sum().backward()
+    optimizer.step()
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert "rung_head.weight" in moved and not any(name.startswith("trunk.") for name in moved)
+    with pytest.raises(ValueError, match=r"depth=11 is not an integer in 1\.\.10"):
+        PolicyNetwork("tree", depth=11)
 
 
 def test_what_cannot_be_told_as_a_tree_is_said_in_one_line() -> None:

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from mango.config import LADDER, CompressionConfig, Ladder
 from mango.features import FEATURES
+from mango.networks import PolicyNetwork
 from mango.policies import Choice, best_scored
+from mango.trunks import OBSERVATION_CLIP, TreeTrunk
+from train_policy.distil import KNOB_SHARPNESS, distil, knob_marginals
 
 DEPTH = 4
 LEAST_SHARE = 0.02                                       # of the decisions it learns from: no leaf has fewer
@@ -103,6 +106,49 @@ class Fidelity:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def network_of(tree: TreePolicy, observations: Tensor, seed: int = 0) -> PolicyNetwork:
+    """The tree as a network that can be frozen: its questions are the trunk's, its leaves' scores the rung head's weights.
+
+    The normaliser is fitted to `observations` (N, 64), and the knob and the value head learn from the scores there; scores are
+    told about their last rung, which no knapsack and no softmax notices.
+    """
+    depth = max(_depth(tree), 1)
+    network = PolicyNetwork("tree", depth=depth, rungs=len(tree.ladder))
+    network.fit_normaliser(observations)
+    trunk, leaves = network.trunk, 2**depth
+    assert isinstance(trunk, TreeTrunk)
+    mean, std = trunk.normaliser.mean, trunk.normaliser.std
+    for asked, threshold in zip(tree.feature.tolist(), tree.threshold.tolist(), strict=True):
+        if asked != LEAF:                                # no threshold beyond what the normaliser lets through
+            std[asked] = max(float(std[asked]), abs(threshold - float(mean[asked])) / (OBSERVATION_CLIP / 2))
+    scores = torch.zeros(leaves, len(tree.ladder), dtype=torch.float64)
+    places = {0: 0}                                      # of the trunk's questions, leaves behind them: the tree's node
+    for place in range(2 * leaves - 1):
+        node = places[place]
+        asked = int(tree.feature[node])
+        if place >= leaves - 1:
+            scores[place - leaves + 1] = tree.value[node] - tree.value[node, -1]
+        elif asked == LEAF:                              # whatever is answered leads to its scores
+            places |= {2 * place + 1: node, 2 * place + 2: node}
+        else:
+            trunk.feature[place], trunk.threshold[place] = asked, (tree.threshold[node].float() - mean[asked]) / std[asked]
+            places |= {2 * place + 1: int(tree.left[node]), 2 * place + 2: int(tree.right[node])}
+    with torch.no_grad():
+        network.rung_head.weight.copy_(scores.T)
+        network.rung_head.bias.zero_()
+        wanted = network(observations).rung_logits
+        spread = max(float(wanted.std(1, correction=0).mean()), 1e-6)
+    knobs = knob_marginals((KNOB_SHARPNESS * wanted / spread).softmax(1), tree.ladder)
+    distil(network, observations, knobs=knobs, values=(wanted / spread).amax(1), seed=seed)
+    return network.eval()
+
+
+def _depth(tree: TreePolicy, node: int = 0) -> int:
+    if int(tree.feature[node]) == LEAF:
+        return 0
+    return 1 + max(_depth(tree, int(tree.left[node])), _depth(tree, int(tree.right[node])))
 
 
 def distil_tree(runs: Sequence[DecidedRun], *, depth: int = DEPTH, ladder: Ladder = LADDER) -> TreePolicy:
