@@ -53,10 +53,7 @@ class Case:
     nbytes: NDArray[np.int64]                            # (L, R)
     obs: Tensor                                          # (L, 64)
     costs: NDArray[np.float64]                           # (L, R) by all runs
-
-    def allocate(self, scores: Tensor) -> NDArray[np.int64]:
-        """The rungs (L,) of the largest sum of scores (L, R) that fit."""
-        return self.limit.allocate(scores.double().numpy(), self.nbytes)
+    best: NDArray[np.int64]                              # (L,) the rungs of the least cost that fit
 
     def cost(self, rungs: NDArray[np.int64]) -> float:
         return float(self.costs[np.arange(len(rungs)), rungs].sum())
@@ -72,16 +69,15 @@ def cases(cache: TrajectoryCache, costs: Costs, args: Args) -> Iterator[Case]:
             truth = costs(now).double().numpy()
             for size, limit in limits.items():
                 if int(nbytes.min(1).sum()) <= limit.available:
-                    yield Case(rule, size, limit, nbytes, now, truth)
+                    yield Case(rule, size, limit, nbytes, now, truth, limit.allocate(-truth, nbytes))
 
 
 def measure(asked: Sequence[Case], policy: Any) -> list[dict[str, Any]]:
     """Per rule and budget: the least cost, what the policy's allocation costs beyond it, and how many rungs agree."""
     found: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
     for case in asked:
-        best, own = case.allocate(torch.from_numpy(-case.costs)), case.allocate(policy.scores(case.obs))
-        least = case.cost(best)
-        found.setdefault((case.rule, case.budget), []).append((least, case.cost(own) - least, float((best == own).mean())))
+        own, least = case.limit.allocate(policy.scores(case.obs).double().numpy(), case.nbytes), case.cost(case.best)
+        found.setdefault((case.rule, case.budget), []).append((least, case.cost(own) - least, float((case.best == own).mean())))
     return [
         {"rule": rule, "budget": size, "decisions": len(rows)}
         | {name: fmean(row[at] for row in rows) for at, name in enumerate(("best", "lost", "equal"))}

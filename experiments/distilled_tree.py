@@ -89,13 +89,12 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def freeze_tree(tree: TreePolicy, learned: list[Probe], rows: list[dict[str, Any]], args: Args) -> Path:
+def freeze_tree(tree: TreePolicy, policy: Any, learned: list[Probe], rows: list[dict[str, Any]], args: Args) -> Path:
     """A tree as a policy file, whose card says what it was distilled from and what it lost beside that."""
-    policy = policy_of(args.policy)
     card = {
         "description": f"A decision tree distilled from {args.policy}: its scores of a layer's rungs, in a few questions.",
         "licence": "MIT",
-        "made": about(stamp(args)["command"]),
+        "made": about("python -m experiments.distilled_tree"),
         "distilled_from": {"policy": args.policy} | distilled_from(policy),
         "trained_on": names(args.learned),
         "rules": rules(tree, learned),
@@ -128,7 +127,7 @@ def train(args: Args) -> Path:
         for seed in range(args.seed, args.seed + args.seeds):
             rows += judge({args.policy: policy, **trees}, learned, workload, seed, args)
             write(args.out, stamp(args) | {"summary": summary(rows), "rows": rows, "trees": told})
-    freeze_tree(next(iter(trees.values())), learned, rows, args)
+    freeze_tree(next(iter(trees.values())), policy, learned, rows, args)
     for one in summary(rows):
         agrees = f", agrees in {one['agrees']:.0%} (one table for all layers {one['constant']:.0%})" if "agrees" in one else ""
         print(f"{one['policy']:18s} loses {one['above']:.2f} % in {one['runs']} runs{agrees}")

@@ -75,11 +75,19 @@ def linear(inputs: int, outputs: int, gain: float, generator: torch.Generator, d
     return layer
 
 
-class MlpTrunk(nn.Module):
-    """Normaliser, then fully connected layers. Observations (..., F) to features (..., hidden[-1])."""
+class Memoryless(nn.Module):
+    """A trunk that carries nothing from one decision to the next."""
 
     has_memory = False
     state_names: tuple[str, ...] = ()
+
+    def step(self, obs: Tensor, state: State | None = None) -> tuple[Tensor, None]:
+        """Features and no state: the same signature for every trunk."""
+        return self(obs), None
+
+
+class MlpTrunk(Memoryless):
+    """Normaliser, then fully connected layers. Observations (..., F) to features (..., hidden[-1])."""
 
     def __init__(
         self,
@@ -110,12 +118,8 @@ class MlpTrunk(nn.Module):
         features: Tensor = self.layers(self.normaliser(obs))
         return features
 
-    def step(self, obs: Tensor, state: State | None = None) -> tuple[Tensor, None]:
-        """Features and no state: the same signature for every trunk."""
-        return self(obs), None
 
-
-class TreeTrunk(nn.Module):
+class TreeTrunk(Memoryless):
     """Normaliser, then a decision tree. Observations (..., F) to the leaf that they end in, one-hot (..., 2^depth).
 
     Question i asks whether a normalised feature is above a threshold, and leads to question 2 i + 1 (no) or 2 i + 2 (yes). So a
@@ -125,8 +129,6 @@ class TreeTrunk(nn.Module):
     tensor([1., 1., 1., 1., 1.])
     """
 
-    has_memory = False
-    state_names: tuple[str, ...] = ()
     feature: Tensor                                      # (2^depth - 1,) which one is asked for; float, as all of a file
     threshold: Tensor                                    # (2^depth - 1,)
 
@@ -145,7 +147,7 @@ class TreeTrunk(nn.Module):
         self.depth = depth
         self.normaliser = Normaliser(feature_dim, device)
         for name in ("feature", "threshold"):
-            self.register_buffer(name, torch.zeros(self.features_dim - 1, device=device))
+            self.register_buffer(name, torch.zeros(self.features_dim - 1, dtype=torch.float32, device=device))
 
     def forward(self, obs: Tensor) -> Tensor:
         normed = self.normaliser(obs)
@@ -155,10 +157,6 @@ class TreeTrunk(nn.Module):
             asked = normed.gather(-1, feature[at].unsqueeze(-1)).squeeze(-1)
             at = 2 * at + 1 + (asked > self.threshold[at]).long()
         return F.one_hot(at - len(feature), self.features_dim).to(normed.dtype)
-
-    def step(self, obs: Tensor, state: State | None = None) -> tuple[Tensor, None]:
-        """Features and no state: the same signature for every trunk."""
-        return self(obs), None
 
 
 class LstmTrunk(nn.Module):

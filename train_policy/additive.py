@@ -34,7 +34,7 @@ from mango.rules import ROUNDING_ERROR
 from mango_env.cache import TrajectoryCache
 from mango_env.workloads import split_options
 from train_policy.batches import group_sums, runs_of
-from train_policy.distil import KNOB_SHARPNESS, distil, knob_marginals
+from train_policy.distil import distil_scores, score_spread
 
 Floats = NDArray[np.float64]
 PerSetting = Mapping[tuple[str, str], float]              # by workload, with its options, and rule
@@ -456,7 +456,7 @@ def teach(
     everything = torch.cat([obs, mixture])
     wanted = -costs(everything)
     wanted = wanted - wanted[:, -1:]
-    spread = max(float(wanted.std(1, correction=0).mean()), 1e-6)
+    spread = score_spread(wanted)
     wanted = wanted / spread
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
@@ -472,7 +472,6 @@ def teach(
         if report is not None and (update % report_every == 0 or update == updates):
             report(update, {"loss": float(loss.detach())})
     network.eval()
-    with torch.no_grad():
-        probabilities = (KNOB_SHARPNESS * wanted[: len(obs)]).softmax(1)
-    distil(network, obs, knobs=knob_marginals(probabilities, costs.ladder), values=wanted[: len(obs)].amax(1), seed=seed)
+    shown = wanted[: len(obs)]
+    distil_scores(network, obs, shown, values=shown.amax(1), ladder=costs.ladder, seed=seed)
     return spread

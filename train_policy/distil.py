@@ -87,6 +87,26 @@ def distil(
         optimizer.step()
 
 
+def score_spread(scores: Tensor) -> float:
+    """The mean over rows of the standard deviation between rungs of scores (N, R)."""
+    return max(float(scores.std(1, correction=0).mean()), 1e-6)
+
+
+def distil_scores(
+    network: PolicyNetwork,
+    observations: Tensor,
+    scores: Tensor,
+    *,
+    values: Tensor,
+    spread: float = 1.0,
+    ladder: Ladder = LADDER,
+    seed: int = 0,
+) -> None:
+    """Teach the knob head a sharp softmax of rung scores (N, R), which have that spread, and the value head values (N,)."""
+    probabilities = (KNOB_SHARPNESS * scores / spread).softmax(1)
+    distil(network, observations, knobs=knob_marginals(probabilities, ladder), values=values, seed=seed)
+
+
 def adopt_values(network: PolicyNetwork, weight: Tensor, bias: Tensor, observations: Tensor, *, seed: int = 0) -> float:
     """Make a policy of action values that are linear in the trunk's features: rung logits become Q / T, exactly.
 
@@ -96,9 +116,8 @@ def adopt_values(network: PolicyNetwork, weight: Tensor, bias: Tensor, observati
     """
     with torch.no_grad():
         q = F.linear(network.trunk(observations), weight, bias)                               # (N, R)
-        temperature = max(float(q.std(1, correction=0).mean()), 1e-6)
+        temperature = score_spread(q)
         network.rung_head.weight.copy_(weight / temperature)
         network.rung_head.bias.copy_(bias / temperature)
-        probabilities = (KNOB_SHARPNESS * q / temperature).softmax(1)
-    distil(network, observations, knobs=knob_marginals(probabilities), values=q.amax(1), seed=seed)
+    distil_scores(network, observations, q, values=q.amax(1), spread=temperature, seed=seed)
     return temperature

@@ -20,7 +20,7 @@ from mango.features import FEATURES
 from mango.networks import PolicyNetwork
 from mango.policies import Choice, best_scored
 from mango.trunks import OBSERVATION_CLIP, TreeTrunk
-from train_policy.distil import KNOB_SHARPNESS, distil, knob_marginals
+from train_policy.distil import distil_scores, score_spread
 
 DEPTH = 4
 LEAST_SHARE = 0.02                                       # of the decisions it learns from: no leaf has fewer
@@ -139,9 +139,8 @@ def network_of(tree: TreePolicy, observations: Tensor, seed: int = 0) -> PolicyN
         network.rung_head.weight.copy_(scores.T)
         network.rung_head.bias.zero_()
         wanted = network(observations).rung_logits
-        spread = max(float(wanted.std(1, correction=0).mean()), 1e-6)
-    knobs = knob_marginals((KNOB_SHARPNESS * wanted / spread).softmax(1), tree.ladder)
-    distil(network, observations, knobs=knobs, values=(wanted / spread).amax(1), seed=seed)
+        spread = score_spread(wanted)
+    distil_scores(network, observations, wanted, values=(wanted / spread).amax(1), spread=spread, ladder=tree.ladder, seed=seed)
     return network.eval()
 
 
