@@ -12,8 +12,7 @@ the command fail after the others have finished. The results are written after e
 
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from typing import Any
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
@@ -23,6 +22,7 @@ from experiments.comparison_runs import SCALES, Args, Task, cost, method_of, pla
 from experiments.comparison_table import summary, table, write_tables
 from mango_env.workloads import make_workload
 from train_policy.cli_support import one_line
+from train_policy.workers import worker_pool
 
 
 def methods_of(args: Args) -> list[str]:
@@ -72,8 +72,8 @@ class Study:
 
     def train(self) -> None:
         """Everything that is missing: rates, then runs seed by seed, then costs, one process each."""
-        args, context = self.args, get_context("spawn")
-        with ProcessPoolExecutor(args.workers, context) as pool:
+        args = self.args
+        with worker_pool(args.workers) as pool:
             known = {(domain, method): rate_facts(domain, method, args) for domain, method in self.wanted()}
             for domain in dict.fromkeys(domain for domain, _ in known):
                 if place_of(domain, args).pretrained:
@@ -95,7 +95,7 @@ class Study:
             return
         for task in (Task(domain, method, 0, lr, args) for (domain, method), lr in rates.items()):
             if find_run(self.found["costs"], {"domain": task.domain, "policy": task.method, "device": args.device}) is None:
-                with ProcessPoolExecutor(1, context) as alone:
+                with worker_pool(1) as alone:
                     self.keep("costs", alone.submit(cost, task).result())
 
     @property

@@ -14,14 +14,11 @@ bits: what rounding alone decides. The file is written after every format, and a
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import torch
 
 from benchmarks.record import earlier_runs, find_run, parse, stamp, write
 from experiments.transfer import NOISE, UNLIMITED
@@ -29,6 +26,7 @@ from experiments.tuning import TUNING_SEED, tune
 from mango.config import LADDER
 from mango_env.run import TrainingRun
 from train_policy.evaluation_rows import percent_above
+from train_policy.workers import worker_pool
 
 FULL = "full"                                           # the reference
 
@@ -81,7 +79,6 @@ class Case:
 
 def measure(case: Case, rung: str) -> dict[str, Any]:
     """The format's best rate, and its losses there on every seed."""
-    torch.set_num_threads(1)
     own = case.start(rung, None, TUNING_SEED).lr
     found = tune(own, [float(one) for one in case.args.rates.split(",")], lambda lr: case.loss(rung, lr, TUNING_SEED))
     return case.facts | {"format": rung} | found.to_dict() | {"runs": at_rate(case, rung, found.lr)}
@@ -89,7 +86,6 @@ def measure(case: Case, rung: str) -> dict[str, Any]:
 
 def at_rate(case: Case, rung: str, lr: float) -> list[dict[str, Any]]:
     """Losses at one rate, by seed."""
-    torch.set_num_threads(1)
     losses = [case.loss(rung, lr, seed) for seed in range(case.args.seeds)]
     return [{"lr": lr, "seed": seed, "val_loss": loss if math.isfinite(loss) else None} for seed, loss in enumerate(losses)]
 
@@ -147,7 +143,7 @@ def train(args: Args) -> Path:
     def keep() -> None:
         write(args.out, head | {"rows": rows, "same_rate": same, "summary": summary(rows, same)})
 
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+    with worker_pool(args.workers) as pool:
         missing = [(case, rung) for case in cases for rung in formats if find_run(rows, case.facts | {"format": rung}) is None]
         for done in as_completed([pool.submit(measure, case, rung) for case, rung in missing]):
             rows.append(done.result())

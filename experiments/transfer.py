@@ -13,15 +13,12 @@ The file is written after every (workload, rule, seed), and a repeated command a
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import torch
 
 from benchmarks.record import earlier_runs, parse, stamp, write
 from experiments.tuning import TUNING_SEED, tune
@@ -32,6 +29,7 @@ from mango_env.twin import twin_of
 from train_policy.evaluate import EvaluationArgs, evaluate, policy_of, spec_name, start_run
 from train_policy.evaluation_rows import percent_above
 from train_policy.gate import bootstrap_interval
+from train_policy.workers import worker_pool
 
 FACTS = ("workload", "rule", "lr", "seed", "policy", "weights", "budget")
 KEPT = ("workload", "seed", "policy", "budget", "budget_bytes", "state_bytes_peak", "val_loss", "val_loss_adamw",
@@ -94,7 +92,6 @@ def names(text: str) -> list[str]:
 
 def rate_of(workload: str, rule: str, args: Args) -> dict[str, Any]:
     """The rate of least held-out loss in full precision, and what was tried."""
-    torch.set_num_threads(1)
     own = start_run(workload, TUNING_SEED, UNLIMITED, "hold", settings_of(args, rule)).lr
 
     def loss_of(lr: float) -> float:
@@ -137,7 +134,6 @@ def settings_of(args: Args, rule: str, lr: float | None = None) -> EvaluationArg
 
 def measure(unit: Unit) -> list[dict[str, Any]]:
     """Train them, one after another."""
-    torch.set_num_threads(1)
     settings = settings_of(unit.args, unit.rule, unit.lr)
     found: list[dict[str, Any]] = []
     for specs, sizes in [([*unit.fixed], (UNLIMITED,)), *(([spec], sizes) for spec, sizes in unit.policies)]:
@@ -258,7 +254,7 @@ def train(args: Args) -> Path:
     def spent() -> float:
         return (time.perf_counter() - began) / 60
 
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+    with worker_pool(args.workers) as pool:
         known = {(row["workload"], row["rule"]) for row in rates}
         wanted = [(work, rule) for work in names(args.workloads) for rule in names(args.rules) if (work, rule) not in known]
         for done in as_completed([pool.submit(rate_of, work, rule, args) for work, rule in wanted]):

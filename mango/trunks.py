@@ -149,6 +149,11 @@ class TreeTrunk(Memoryless):
         for name in ("feature", "threshold"):
             self.register_buffer(name, torch.zeros(self.features_dim - 1, dtype=torch.float32, device=device))
 
+    @property
+    def asks(self) -> bool:
+        """Whether its questions were set: those of a new tree are all the same."""
+        return bool(self.feature.any() or self.threshold.any())
+
     def forward(self, obs: Tensor) -> Tensor:
         normed = self.normaliser(obs)
         feature = self.feature.long().clamp(0, normed.shape[-1] - 1)

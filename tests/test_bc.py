@@ -144,7 +144,16 @@ def test_what_cannot_be_cloned_is_named(riddle: TrajectoryCache, tmp_path: Path)
             train(PolicyNetwork(hidden=(8,)), cache, args)
     with pytest.raises(ValueError, match=f"{len(LADDER)} rungs, the network scores 5"):
         train(PolicyNetwork(hidden=(8,), rungs=5), riddle)
+    with pytest.raises(ValueError, match="a new tree asks nothing"):
+        train(PolicyNetwork("tree"), riddle)
     with pytest.raises(ValueError, match="top=0"):
         select_best(riddle, 0)
     with pytest.raises(ValueError, match="holds no transitions"):
         Loader(select_policies(riddle, ["random"]).select(np.array([], np.int64)), 8, 0, sequences=False)
+
+
+def test_the_leaves_of_a_shipped_tree_are_cloned(riddle: TrajectoryCache) -> None:
+    tree = load_policy("universal_tree").network
+    before, after = tree.state_dict(), train(tree, riddle, BcArgs(top=1.0, epochs=2)).network.state_dict()
+    assert torch.equal(after["trunk.feature"], before["trunk.feature"])
+    assert not torch.equal(after["rung_head.weight"], before["rung_head.weight"])

@@ -53,7 +53,7 @@ class InThisProcess:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(compare, "worker_pool", InThisProcess)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mango.features import FEATURE_DIM
 from mango.networks import PolicyNetwork
+from mango.trunks import TreeTrunk
 from mango_env.cache import TrajectoryCache
 
 NORMALISER_ROWS = 200_000                                # observations that fit a normaliser; more change nothing
@@ -184,7 +185,10 @@ def select_best(cache: TrajectoryCache, top: float) -> TrajectoryCache:
     return cache.select(np.array(sorted(kept), np.int64))
 
 
-def check_ladder(cache: TrajectoryCache, rungs: int) -> None:
-    """The data's rungs must mean what the network's mean."""
+def check_network(network: PolicyNetwork, cache: TrajectoryCache) -> None:
+    """The data's rungs must mean what the network's mean, and a tree, whose questions do not train, must have some."""
+    rungs = network.architecture["rungs"]
     if len(cache.header.ladder) != rungs:
         raise ValueError(f"the data's ladder has {len(cache.header.ladder)} rungs, the network scores {rungs}")
+    if isinstance(network.trunk, TreeTrunk) and not network.trunk.asks:
+        raise ValueError("a new tree asks nothing and learns no questions; start from a distilled one (--init universal_tree)")

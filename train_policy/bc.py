@@ -16,7 +16,7 @@ from torch import Tensor
 from mango.config import KNOBS
 from mango.networks import PolicyNetwork, PolicyOutput
 from mango_env.cache import TrajectoryCache
-from train_policy.batches import Loader, Steps, check_ladder, prepare_normaliser, select_best, select_policies, split_runs
+from train_policy.batches import Loader, Steps, check_network, prepare_normaliser, select_best, select_policies, split_runs
 from train_policy.fitting import TrainingInterrupted, progress_line, save_checkpoint
 from train_policy.transfer import check_head, clone
 
@@ -86,7 +86,7 @@ def train(
     Raises ValueError where the selection has fewer than two runs, or where its ladder is not the network's.
     """
     args = args or BcArgs()
-    check_ladder(cache, network.architecture["rungs"])
+    check_network(network, cache)
     chosen = select_best(select_policies(cache, args.policies) if args.policies else cache, args.share)
     training, validation = split_runs(chosen, args.validation, args.seed)
     student, best = clone(network), clone(network)

@@ -10,17 +10,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mango_env.batched_run import batchable
 from mango_env.interrupts import interrupted_once, interrupts_held
@@ -32,6 +31,7 @@ from mango_env.workloads.base import WorkloadBuilder
 from train_policy.behaviours import behaviour_name, behaviour_of, behaviours
 from train_policy.evaluate import Budget, EvaluationArgs, listed, start_run
 from train_policy.fitting import progress_line
+from train_policy.workers import begin_worker, worker_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +255,7 @@ def _record_in_processes(
     """A few jobs at a time to spawned processes; the index is rebuilt once, whatever happens."""
     size = max(1, min(8, len(jobs) // (4 * workers)))
     tasks = groups(jobs, batch, workers) if batch > 1 else [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), initializer=begin_worker)
+    pool = worker_pool(min(workers, len(jobs)), begin_recorder)
     others, waiting = active_children(), set[Future[list[RunSummary]]]()
     try:
         with interrupts_held(), _sigint_blocked():           # which the processes that start here inherit
@@ -287,9 +287,9 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def begin_worker() -> None:
+def begin_recorder() -> None:
     """A worker listens to Ctrl-C only while it records: dying at any other time it would take the other workers along."""
-    torch.set_num_threads(1)
+    begin_worker()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 

@@ -9,10 +9,8 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from train_policy.evaluation_rows import (
 )
 from train_policy.fitting import progress_line
 from train_policy.seeding import borrowed_rng
+from train_policy.workers import worker_pool
 
 __all__ = [
     "HEURISTICS",
@@ -198,8 +197,7 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterable[list[EvaluationRo
     if workers <= 1:
         yield from map(_evaluate_seed, tasks)
         return
-    context, count = get_context("spawn"), min(workers, len(tasks))
-    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with worker_pool(min(workers, len(tasks))) as pool:
         yield from pool.map(_evaluate_seed, tasks)
 
 

@@ -24,7 +24,7 @@ from mango.networks import PolicyNetwork
 from mango.trunks import MlpTrunk
 from mango_env.cache import TrajectoryCache
 from train_policy.additive import fit, outcomes_of, teach
-from train_policy.batches import Loader, Steps, check_ladder, observations_of, prepare_normaliser, split_runs
+from train_policy.batches import Loader, Steps, check_network, observations_of, prepare_normaliser, split_runs
 from train_policy.bc import accuracy, imitate
 from train_policy.distil import adopt_values
 from train_policy.fitting import Advance, TrainingInterrupted, progress_line, save_checkpoint
@@ -109,7 +109,7 @@ def train(
     about what another would have done.
     """
     args = args or OfflineArgs()
-    check_ladder(cache, network.architecture["rungs"])
+    check_network(network, cache)
     training, validation = split_runs(cache, args.validation, args.seed)
     _check_actions(training)
     student = clone(network)

@@ -24,7 +24,7 @@ from mango_env.interrupts import interrupted_once, interrupts_held
 from mango_env.recorder import RunSummary
 from mango_env.salvage import salvage
 from mango_env.store import TrajectoryWriter, finalize
-from train_policy.collect import CollectArgs, Job, begin_worker, open_writer, record_job, remaining_jobs
+from train_policy.collect import CollectArgs, Job, begin_recorder, open_writer, record_job, remaining_jobs
 
 RETRIES = 2                             # of a job whose actor was lost
 STORE_BYTES = 100 << 20                 # of a local Ray's object store: what travels are jobs and summaries
@@ -38,7 +38,7 @@ class RecordingActor:
 
     def open(self, root: str, task: str, args: CollectArgs) -> tuple[str, int, str]:
         """Machine, process, and the name of the writer, by which its files are known."""
-        begin_worker()
+        begin_recorder()
         self.writer = open_writer(Path(root), task, args, index=False)
         return socket.gethostname(), os.getpid(), self.writer.name
 
