@@ -1,17 +1,21 @@
-"""Write the measured results into the README and into docs/results.md, from files that programs wrote.
+"""Write the measured results into the README, docs/universal.md and docs/results.md, from files that programs wrote.
 
     python -m experiments.readme_table [--demo demo.json] [--results benchmarks/results] [--check]
 
-The demo's rows go between the two markers in README.md; the tables of every `benchmarks/results/*.json` make docs/results.md.
-`--check` changes nothing and fails where either differs.
+The demo's rows go between two markers in README.md, tables of `experiments.transfer` between those that name them,
+`<!-- transfer policies:begin -->`; the tables of every `benchmarks/results/*.json` make docs/results.md. `--check` changes
+nothing and fails where one of them differs.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from experiments.transfer_tables import transfer_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("args", "hardware", "versions", "targets")      # of a benchmark's file: no tables
@@ -21,6 +25,7 @@ TITLE = """# Measured results
 Written by `python -m experiments.readme_table` from benchmarks/results, whose files carry what it takes to repeat them.
 """
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PLACE = re.compile(r"(<!-- (transfer\w*) (\w+):begin -->\n).*?(<!-- \2 \3:end -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -29,9 +34,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the benchmarks' JSON")
     parser.add_argument("--check", action="store_true", help="fail where the README is not what it would be")
     args = parser.parse_args()
-    readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
+    readme, universal, results = ROOT / "README.md", ROOT / "docs" / "universal.md", ROOT / "docs" / "results.md"
     texts = {
-        readme: filled(readme.read_text(encoding="utf-8"), "\n".join(demo_lines(args.demo))),
+        readme: filled(with_transfer(readme.read_text(encoding="utf-8"), args.results), "\n".join(demo_lines(args.demo))),
+        universal: with_transfer(universal.read_text(encoding="utf-8"), args.results),
         results: "\n".join([TITLE, *benchmark_lines(args.results)]),
     }
     for path, text in texts.items():
@@ -54,6 +60,16 @@ def filled(text: str, table: str) -> str:
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def with_transfer(text: str, folder: Path) -> str:
+    """The text with the tables of `experiments.transfer` between the markers that name a file and a table."""
+
+    def table_of(place: re.Match[str]) -> str:
+        begin, stem, name, end = place.groups()
+        return begin + "\n".join(transfer_tables(folder / f"{stem}.json")[name]) + "\n" + end
+
+    return PLACE.sub(table_of, text)
 
 
 def demo_lines(path: Path) -> Iterator[str]:
