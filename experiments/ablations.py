@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import earlier_runs, find_run, mean_error, program, stamp, write
+from experiments.transfer import weights_of
 from experiments.tuning import TUNING_SEED, tune
 from mango.config import CompressionConfig
 from mango_env.run import DEFAULT_LR
@@ -118,7 +119,8 @@ class Study:
 
     def facts(self, table: str, workload: str, line: Line, seed: int) -> Row:
         return {"table": table, "workload": workload, "method": line.method.name, "seed": seed, "steps": self.args.steps,
-                "rates": self.args.rates, "policy": self.args.policy if line.budget else None, "budget": line.budget}  # fmt: skip
+                "rates": self.args.rates, "policy": self.args.policy if line.budget else None, "budget": line.budget,
+                "weights": weights_of(line.method.policy)}  # fmt: skip
 
     def get(self, table: str, workload: str, line: Line, seed: int, lr: float) -> Row:
         """A run, done now unless it was before; one that fails has no loss."""

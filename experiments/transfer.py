@@ -70,7 +70,7 @@ class Unit:
     args: Args
 
 
-def weights_of(spec: str) -> str:
+def weights_of(spec: Any) -> str:
     """Tells files of one name apart: the checksum of a frozen policy's weights; nothing for other policies."""
     policy = policy_of(spec)
     return policy.metadata["weights_sha256"][:12] if isinstance(policy, FrozenPolicy) else ""
