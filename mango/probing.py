@@ -38,13 +38,14 @@ def probe_fused(
     else:
         RULES[state.rule].direction(start, exp_avg, None, hyper, state.step)       # in place as well
     ideal = direction(exp_avg, exp_avg_sq)
-    stored, stored_sq = window_of(state)
-    stored = stored if state.config.has_momentum else exp_avg
+    moments = state.moments()
+    stored, stored_sq = (None if moment is None else moment.reshape(-1)[: exp_avg.numel()] for moment in moments)
+    stored = stored if state.config.has_momentum and stored is not None else exp_avg
     storing = (direction(stored, stored_sq) - ideal).norm() / safe(ideal.norm())
     residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else ideal.new_zeros(())
     sizes, distance, cosine = torch.tensor([param_norm, moved, alignment], device=ideal.device).unbind()
     statistics.probe(
-        layer, state.config, grad=gradient, moments=state.moments(), window=before, param_norm=sizes, moved=distance,
+        layer, state.config, grad=gradient, moments=moments, window=before, param_norm=sizes, moved=distance,
         error=torch.hypot(storing, coding), alignment=cosine, residual_norm=residual, loss_change=loss_change,
     )  # fmt: skip
 

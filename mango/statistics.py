@@ -64,13 +64,13 @@ class _Probe:
     """What one layer leaves behind on a probe step, until `finish_probe`."""
 
     config: CompressionConfig                # in force
-    scalars: Tensor                          # (10,) what `finish_probe` makes features of
-    curvature: float
+    scalars: Tensor                          # (11,) what `finish_probe` makes features of
+    loss_change: float
     exp_avg: Tensor                          # (WINDOW,)
     exp_avg_sq: Tensor                       # (WINDOW,) ones where the rule has no second moment
     factored: Tensor                         # (WINDOW,) the second moment as factors give it back
-    gradient: Tensor                         # (SKETCH, SKETCH) evenly spread rows and columns
-    direction: Tensor                        # (SKETCH, SKETCH) the same of m / sqrt(v)
+    gradient: Tensor                         # (SKETCH, SKETCH) at most: evenly spread rows and columns
+    direction: Tensor                        # the same of m / sqrt(v)
 
 
 def sample_stride(numel: int, columns: int) -> tuple[int, int]:
@@ -89,12 +89,20 @@ def _window(x: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
-def _corner(x: Tensor, side: int) -> Tensor:
-    """Evenly spread rows and columns of the tensor as a matrix, padded with zeros: (side, side)."""
+def _spread(x: Tensor, side: int) -> Tensor:
+    """Evenly spread rows and columns of the tensor as a matrix, `side` of each at most: a view."""
     matrix = x.reshape(matrix_shape(tuple(x.shape)))
     rows, columns = max(1, matrix.shape[0] // side), max(1, matrix.shape[1] // side)
-    spread = matrix[: rows * side : rows, : columns * side : columns]
-    return torch.nn.functional.pad(spread, (0, side - spread.shape[1], 0, side - spread.shape[0]))
+    return matrix[: rows * side : rows, : columns * side : columns]
+
+
+def _stacked(matrices: Sequence[Tensor], least: int) -> Tensor:
+    """Matrices of different shapes as one tensor (n, rows, columns), padded with zeros; `least` rows at least."""
+    rows, columns = (max(sizes) for sizes in zip(*(m.shape for m in matrices), strict=True))
+    table = matrices[0].new_zeros(len(matrices), max(least, rows), columns)
+    for place, matrix in zip(table, matrices, strict=True):
+        place[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return table
 
 
 class GradientStatistics:
@@ -218,23 +226,28 @@ class GradientStatistics:
         step's parameters minus that one step earlier; the update between the two was measured by `self.moved`.
         """
         magnitude = grad.reshape(-1)[:: max(1, grad.numel() // 4096)].abs().float()
-        logs = magnitude[magnitude > 0].log()
-        logs = logs if logs.numel() else magnitude.new_full((1,), -50.0)
+        present = magnitude > 0                                                     # no host waits for how many
+        count = present.sum()
+        logs = torch.where(present, magnitude, 1.0).log()
+        mean = torch.where(count > 0, logs.sum() / count, -50.0)
+        spread = (torch.where(present, logs - mean, 0.0).square().sum() / count.clamp(min=1)).sqrt()
         exp_avg, exp_avg_sq = moments
-        square = torch.ones((), device=exp_avg.device).expand(exp_avg.shape) if exp_avg_sq is None else exp_avg_sq
-        matrix = square.reshape(matrix_shape(tuple(square.shape)))
-        row, column = matrix.mean(1), matrix.mean(0)
-        share = row[: -(-WINDOW // column.numel())] / safe(row.mean())
+        if exp_avg_sq is None or window[1] is None:
+            square = factored = exp_avg.new_ones(WINDOW)
+            towards = _spread(exp_avg, SKETCH).clone()
+        else:
+            matrix = exp_avg_sq.reshape(matrix_shape(tuple(exp_avg_sq.shape)))
+            row, column = matrix.mean(1), matrix.mean(0)
+            share = row[: -(-WINDOW // column.numel())] / safe(row.mean())
+            square, factored = _window(window[1], WINDOW), _window(share[:, None] * column[:WINDOW], WINDOW)
+            towards = direction(_spread(exp_avg, SKETCH), _spread(exp_avg_sq, SKETCH))
         self._pending[index] = _Probe(
             config,
-            torch.stack([logs.mean(), logs.std(correction=0), magnitude.max(), magnitude.square().mean(), alignment, moved,
-                         param_norm, error, residual_norm, self.norm[index]]).float(),
-            _signed_log(loss_change, float(self.moved[index])),
-            _window(window[0], WINDOW),
-            torch.ones(WINDOW, device=row.device) if window[1] is None else _window(window[1], WINDOW),
-            _window(share[:, None] * column[:WINDOW], WINDOW),
-            _corner(grad, SKETCH).float(),
-            direction(_corner(exp_avg, SKETCH), _corner(square, SKETCH)),
+            torch.stack([mean, spread, magnitude.max(), magnitude.square().mean(), alignment, moved, param_norm, error,
+                         residual_norm, self.norm[index], self.moved[index]]).float(),
+            loss_change,
+            _window(window[0], WINDOW), square, factored,
+            _spread(grad, SKETCH).to(torch.float32, copy=True), towards,
         )  # fmt: skip
 
     def finish_probe(self, key: int) -> None:
@@ -244,9 +257,10 @@ class GradientStatistics:
         places = list(self._pending)
         probes = [self._pending[i] for i in places]
         self._pending = {}
-        mean, spread, largest, mean_square, alignment, moved, param_norm, error, residual, norm = torch.stack(
+        mean, spread, largest, mean_square, alignment, moved, param_norm, error, residual, norm, before = torch.stack(
             [p.scalars for p in probes]
         ).unbind(1)
+        changes = torch.tensor([p.loss_change for p in probes], dtype=torch.float64, device=mean.device)
         root = torch.tensor([math.sqrt(self._numel[i]) for i in places], device=mean.device)
         columns = {
             "log_abs_mean": mean,
@@ -255,7 +269,7 @@ class GradientStatistics:
             "momentum_alignment": alignment,
             "update_ratio": (moved / safe(param_norm)).log10(),
             "weight_rms": (param_norm / root).log10(),
-            "curvature": torch.tensor([p.curvature for p in probes], device=mean.device),
+            "curvature": _signed_log(changes, before.double()).float(),
             "compression_error": error.log10(),
             "residual_ratio": (residual / safe(norm)).log10(),
         }
@@ -285,14 +299,17 @@ class GradientStatistics:
     @staticmethod
     def _ranks(probes: Sequence[_Probe], key: int) -> dict[str, Tensor]:
         """Stable rank of the gradient and what of m / sqrt(v) is outside subspaces, by a rank-8 sketch (Halko et al. 2011)."""
-        matrices = torch.stack([p.gradient for p in probes] + [p.direction for p in probes])  # (2P, S, S)
-        matrices = matrices / safe(matrices.abs().amax((1, 2)))[:, None, None]
+        matrices = _stacked([p.gradient for p in probes] + [p.direction for p in probes], 8)  # (2P, m, n)
+        size = matrices.abs()
+        rows, columns = size.amax(2), size.amax(1)
+        matrices = matrices / safe(rows.amax(1))[:, None, None]
         start = torch.randn(SKETCH, 8, device=matrices.device, generator=noise.generator(key, matrices.device))
-        basis = torch.linalg.qr(matrices @ (matrices.mT @ (matrices @ start))).Q    # (2P, S, 8)
+        sketch = start[: matrices.shape[2]].T @ matrices.mT                         # transposed: products of few rows are fast
+        basis = torch.linalg.qr((sketch @ matrices @ matrices.mT).mT).Q             # (2P, m, 8)
         inside = basis.mT @ matrices
         energy = torch.linalg.eigvalsh(inside @ inside.mT).clamp(min=0).flip(1)     # (2P, 8) largest first
-        total, nonzero = safe(matrices.square().sum((1, 2))), matrices[: len(probes)] != 0
-        filled = torch.minimum(nonzero.any(1).sum(1), nonzero.any(2).sum(1)).clamp(min=1)  # not padding
+        total = safe(torch.linalg.vector_norm(matrices, dim=(1, 2)).square())
+        filled = torch.minimum((rows > 0).sum(1), (columns > 0).sum(1))[: len(probes)].clamp(min=1)  # not padding
         outside = (1 - energy.cumsum(1) / total[:, None]).clamp(0, 1).sqrt()
         return {
             "stable_rank": (total / safe(energy[:, 0]))[: len(probes)] / filled,
@@ -414,7 +431,8 @@ def _in_force(shape: Shape, config: CompressionConfig) -> tuple[float, ...]:
     return *bits, float(config.sparsity), rank / max(1, small)
 
 
-def _signed_log(loss_change: float, distance: float) -> float:
+def _signed_log(loss_change: Tensor, distance: Tensor) -> Tensor:
     """Loss change over squared distance as sign(x) log10(1 + |x|); 0 where nothing moved."""
-    curvature = loss_change / distance**2 if distance**2 > 0 else 0.0
-    return math.copysign(math.log1p(abs(curvature)) / math.log(10), curvature)
+    square = distance.square()
+    curvature = torch.where(square > 0, loss_change / square, 0.0)
+    return curvature.sign() * curvature.abs().log1p() / math.log(10)
