@@ -64,7 +64,8 @@ class _Probe:
     """What one layer leaves behind on a probe step, until `finish_probe`."""
 
     config: CompressionConfig                # in force
-    scalars: Tensor                          # (11,) what `finish_probe` makes features of
+    scalars: Tensor                          # (7,) what `finish_probe` makes features of
+    magnitude: Tensor                        # (n,) of evenly spread entries of the gradient
     loss_change: float
     exp_avg: Tensor                          # (WINDOW,)
     exp_avg_sq: Tensor                       # (WINDOW,) ones where the rule has no second moment
@@ -96,7 +97,7 @@ def _spread(x: Tensor, side: int) -> Tensor:
     return matrix[: rows * side : rows, : columns * side : columns]
 
 
-def _stacked(matrices: Sequence[Tensor], least: int) -> Tensor:
+def _stacked(matrices: Sequence[Tensor], least: int = 1) -> Tensor:
     """Matrices of different shapes as one tensor (n, rows, columns), padded with zeros; `least` rows at least."""
     rows, columns = (max(sizes) for sizes in zip(*(m.shape for m in matrices), strict=True))
     table = matrices[0].new_zeros(len(matrices), max(least, rows), columns)
@@ -225,12 +226,6 @@ class GradientStatistics:
         `moved`: norm of this update; `alignment`: cosine of first moment and gradient. `loss_change` is the loss at this
         step's parameters minus that one step earlier; the update between the two was measured by `self.moved`.
         """
-        magnitude = grad.reshape(-1)[:: max(1, grad.numel() // 4096)].abs().float()
-        present = magnitude > 0                                                     # no host waits for how many
-        count = present.sum()
-        logs = torch.where(present, magnitude, 1.0).log()
-        mean = torch.where(count > 0, logs.sum() / count, -50.0)
-        spread = (torch.where(present, logs - mean, 0.0).square().sum() / count.clamp(min=1)).sqrt()
         exp_avg, exp_avg_sq = moments
         if exp_avg_sq is None or window[1] is None:
             square = factored = exp_avg.new_ones(WINDOW)
@@ -243,8 +238,8 @@ class GradientStatistics:
             towards = direction(_spread(exp_avg, SKETCH), _spread(exp_avg_sq, SKETCH))
         self._pending[index] = _Probe(
             config,
-            torch.stack([mean, spread, magnitude.max(), magnitude.square().mean(), alignment, moved, param_norm, error,
-                         residual_norm, self.norm[index], self.moved[index]]).float(),
+            torch.stack([alignment, moved, param_norm, error, residual_norm, self.norm[index], self.moved[index]]).float(),
+            grad.reshape(-1)[:: max(1, grad.numel() // 4096)].abs().float(),
             loss_change,
             _window(window[0], WINDOW), square, factored,
             _spread(grad, SKETCH).to(torch.float32, copy=True), towards,
@@ -257,15 +252,10 @@ class GradientStatistics:
         places = list(self._pending)
         probes = [self._pending[i] for i in places]
         self._pending = {}
-        mean, spread, largest, mean_square, alignment, moved, param_norm, error, residual, norm, before = torch.stack(
-            [p.scalars for p in probes]
-        ).unbind(1)
-        changes = torch.tensor([p.loss_change for p in probes], dtype=torch.float64, device=mean.device)
-        root = torch.tensor([math.sqrt(self._numel[i]) for i in places], device=mean.device)
+        alignment, moved, param_norm, error, residual, norm, before = torch.stack([p.scalars for p in probes]).unbind(1)
+        changes = torch.tensor([p.loss_change for p in probes], dtype=torch.float64, device=norm.device)
+        root = torch.tensor([math.sqrt(self._numel[i]) for i in places], device=norm.device)
         columns = {
-            "log_abs_mean": mean,
-            "log_abs_std": spread,
-            "grad_crest": (largest / safe(mean_square.sqrt())).clamp(min=1).log10(),
             "momentum_alignment": alignment,
             "update_ratio": (moved / safe(param_norm)).log10(),
             "weight_rms": (param_norm / root).log10(),
@@ -273,12 +263,29 @@ class GradientStatistics:
             "compression_error": error.log10(),
             "residual_ratio": (residual / safe(norm)).log10(),
         }
-        columns |= self._format_errors(probes, key) | self._ranks(probes, key)
+        columns |= self._magnitudes(probes) | self._format_errors(probes, key) | self._ranks(probes, key)
         values = torch.stack([columns[name] for name in _PROBED], 1)                # (P, C)
         low, high = (bounds[_PROBED_FEATURES].to(values.device) for bounds in (_LOWS, _HIGHS))
         found = torch.where(values.isnan(), low, values).clamp(low, high)
         known = torch.tensor([_measurable(self.layers[i].rule, p.config) for i, p in zip(places, probes, strict=True)])
         self.probed[places] = torch.where(known.to(found.device), found, self.probed[places])
+
+    @staticmethod
+    def _magnitudes(probes: Sequence[_Probe]) -> dict[str, Tensor]:
+        """Mean and deviation of log |g| over the entries that are not 0, and the largest |g| over their root mean square."""
+        table = _stacked([p.magnitude[None] for p in probes])[:, 0]                 # (P, n)
+        present = table > 0
+        count = present.sum(1)
+        logs = torch.where(present, table, 1.0).log()
+        mean = torch.where(count > 0, logs.sum(1) / count, -50.0)
+        square = torch.where(present, logs - mean[:, None], 0.0).square().sum(1)
+        sizes = torch.tensor([p.magnitude.numel() for p in probes], device=table.device)
+        mean_square = table.square().sum(1) / sizes
+        return {
+            "log_abs_mean": mean,
+            "log_abs_std": (square / count.clamp(min=1)).sqrt(),
+            "grad_crest": (table.amax(1) / safe(mean_square.sqrt())).clamp(min=1).log10(),
+        }
 
     @staticmethod
     def _format_errors(probes: Sequence[_Probe], key: int) -> dict[str, Tensor]:
