@@ -60,8 +60,8 @@ def head(enc: Encoded, n: int) -> Tensor:
     n = min(n, math.prod(enc.shape))
     if enc.codec == "factored":
         row, column = enc.parts["values_row"], enc.parts["values_column"]
-        place = torch.arange(n, device=row.device)
-        return row[place // column.numel()] / safe(row.mean()) * column[place % column.numel()]
+        rows = -(-n // max(1, column.numel()))
+        return (row[:rows, None] / safe(row.mean()) * column[:n]).view(-1)[:n]
     dense = Encoded(enc.codec, (n,), native.first(enc.codec, enc.parts, n)).decode()
     return dense.clone() if enc.codec == "float32" else dense
 
