@@ -149,7 +149,6 @@ def steps_of(optimizer: Optimizer, workload: Workload, steps: int, mode: str) ->
 
 def run(task: Task) -> dict[str, Any]:
     """One training; what it raises is told in its row."""
-    torch.set_num_threads(1)
     place, began = place_of(task.domain, task.args), time.perf_counter()
     losses: list[float] = []
     stored, status, message, measures = 0, "ok", "", dict[str, float]()
@@ -184,7 +183,6 @@ def run(task: Task) -> dict[str, Any]:
 
 def cost(task: Task) -> dict[str, Any]:
     """Time and memory of a method in this process, which does nothing else; steps take turns with AdamW's."""
-    torch.set_num_threads(1)
     args, steps = task.args, 12
     facts = {"domain": task.domain, "policy": task.method, "device": args.device}
     cuda = args.device != "cpu"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ Totals = dict[tuple[float, str], dict[str, Any]]          # by budget and policy
 POLICY, HEURISTIC = "universal", "water-filling"
 POLICIES = (POLICY, "universal_tree", HEURISTIC, "sensitivity", "error-constrained", "adaptive", "scheduled", "random")
 SHORT = (POLICY, HEURISTIC, "sensitivity", "error-constrained", "random")
-RULES = {"muon": "Muon", "adamw": "AdamW"}
+RULES = ("muon", "adamw")
 
 
+@cache
 def transfer_tables(path: Path) -> dict[str, list[str]]:
     """The tables of a file by name: "budgets", "policies", "short", and "muon" and "adamw" case by case."""
     content = json.loads(path.read_text(encoding="utf-8"))

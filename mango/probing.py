@@ -38,9 +38,9 @@ def probe_fused(
     else:
         RULES[state.rule].direction(start, exp_avg, None, hyper, state.step)       # in place as well
     ideal = direction(exp_avg, exp_avg_sq)
-    moments = state.moments()
-    stored, stored_sq = (None if moment is None else moment.reshape(-1)[: exp_avg.numel()] for moment in moments)
-    stored = stored if state.config.has_momentum and stored is not None else exp_avg
+    moments, entries = state.moments(), exp_avg.numel()
+    stored = moments[0].reshape(-1)[:entries] if state.config.has_momentum else exp_avg
+    stored_sq = None if moments[1] is None else moments[1].reshape(-1)[:entries]
     storing = (direction(stored, stored_sq) - ideal).norm() / safe(ideal.norm())
     residual = state.encoded["residual"].decode().norm() if "residual" in state.encoded else ideal.new_zeros(())
     sizes, distance, cosine = torch.tensor([param_norm, moved, alignment], device=ideal.device).unbind()

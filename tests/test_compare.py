@@ -3,13 +3,11 @@
 import csv
 import json
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.optim import SGD, Optimizer
 
 from experiments import compare, comparison_runs, comparison_table
@@ -52,11 +50,8 @@ class InThisProcess:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "worker_pool", InThisProcess)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def broken(named: Any, lr: float, **_: Any) -> Optimizer:

@@ -83,7 +83,8 @@ def train(
     `checkpoint`: policy file with the best weights so far, rewritten after every epoch that improved; Ctrl-C keeps it
     and raises `TrainingInterrupted`. Equal arguments give equal weights.
 
-    Raises ValueError where the selection has fewer than two runs, or where its ladder is not the network's.
+    Raises ValueError where the selection has fewer than two runs, where its ladder is not the network's, or for a
+    tree that asks nothing.
     """
     args = args or BcArgs()
     check_network(network, cache)

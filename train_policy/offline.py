@@ -105,8 +105,8 @@ def train(
 
     `checkpoint`: policy file, rewritten at every report; Ctrl-C writes it once more and raises `TrainingInterrupted`.
 
-    Raises ValueError for fewer than two runs, for another ladder, and for data with a single action, which say nothing
-    about what another would have done.
+    Raises ValueError for fewer than two runs, for another ladder, for a tree that asks nothing, and for data with a single
+    action, which say nothing about what another would have done.
     """
     args = args or OfflineArgs()
     check_network(network, cache)
