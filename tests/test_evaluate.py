@@ -139,7 +139,7 @@ def test_a_diverged_run_is_a_row_and_not_an_error() -> None:
     assert row.returns is not None and row.returns < -1
     assert json.dumps(row.to_dict(), allow_nan=False)
     (line,) = summary([row])
-    assert (line.seeds, line.failed, line.gap) == (0, 1, None)
+    assert (line.seeds, line.failed, line.unfit, line.gap) == (0, 1, 0, None)
     assert row.val_loss_full is None and line.gap_full is None
 
 
@@ -149,7 +149,7 @@ def test_the_summary_is_over_seeds_with_an_interval(rows: list[EvaluationRow]) -
     mine = [row for row in rows if row.policy == "adaptive" and row.budget == 1.5]
     assert adaptive.seeds == 2 and adaptive.gap == pytest.approx(sum(row.gap or 0 for row in mine) / 2)
     assert adaptive.gap_low is not None and adaptive.gap is not None and adaptive.gap_low <= adaptive.gap
-    assert lines["adamw", 1.0].gap == 0 and lines["fixed:full", 0.5].failed == 2
+    assert lines["adamw", 1.0].gap == 0 and (lines["fixed:full", 0.5].failed, lines["fixed:full", 0.5].unfit) == (0, 2)
     assert adaptive.gap_full == pytest.approx(sum(row.gap_full or 0 for row in mine) / 2)
     assert adaptive.gap_full_low is not None and adaptive.gap_full_high is not None
     assert adaptive.gap_full_low <= adaptive.gap_full <= adaptive.gap_full_high  # type: ignore[operator]

@@ -126,7 +126,8 @@ def print_evaluation(rows: list[Any]) -> None:
     for row in summary(rows):
         interval = "" if row.gap_low is None else f"{row.gap_low:+.1f} .. {row.gap_high:+.1f}"
         full = "" if row.gap_full_low is None else f"{row.gap_full_low:+.1f} .. {row.gap_full_high:+.1f}"
-        note = f"{row.failed} diverged or did not fit" if row.failed else "" if row.within_budget else "over budget"
+        told = ((row.failed, f"{row.failed} diverged"), (row.unfit, "does not fit"), (not row.within_budget, "over budget"))
+        note = ", ".join(text for it_is, text in told if it_is)
         body.append((row.policy, row.workload, str(row.budget), row.state_bytes_peak, row.val_loss,
                      row.gap, interval, row.gap_full, full, row.step_time_ratio, note))  # fmt: skip
     caption = "gap: held-out loss above AdamW's; full gap: above the same rule's at full precision; step time: over AdamW's"

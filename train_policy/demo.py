@@ -1,8 +1,8 @@
 """`mango demo`: the whole way on real data, from recorded training runs to a frozen policy that decides in the optimizer.
 
 Collect, validate, clone, improve offline (native IQL and d3rlpy's DiscreteCQL), fine-tune with PPO, gate every stage, freeze,
-evaluate beside AdamW, every fixed rung and the heuristics. Training, gating and evaluation use different seeds, and one
-workload family (`source_lm`) is seen by the evaluation alone.
+evaluate beside AdamW, every fixed rung, the heuristics and `universal`. Training, gating and evaluation use different seeds, and
+one workload family (`source_lm`) is seen by the evaluation alone; `universal` was trained on it and on `digits_cnn`.
 """
 
 import time
@@ -22,6 +22,7 @@ DIGITS = ("digits_mlp", "digits_cnn")
 TEACHERS = ("random", "explore:water-filling", "adaptive", "water-filling")
 FIXED_TEACHERS = ("fixed:m4v0", "fixed:m8v0")
 HEURISTICS = ("random", "scheduled", "adaptive", "water-filling")
+SHIPPED = "universal"                                    # stands in the comparison for what more data brings
 CLONE, NATIVE, D3RLPY, TUNED, NAME = "bc", "iql", "d3rlpy-discrete-cql", "ppo", "demo"
 
 
@@ -127,10 +128,11 @@ def run_demo(args: DemoArgs) -> dict[str, Any]:
     cache = None if args.compare_all else collect_stage(args, journal)
     policy = NAME if cache is None else learn(args, journal, cache)
     rows = journal.run("evaluate beside AdamW, fixed rungs and heuristics", lambda: evaluation(args, policy))
-    lines = verdicts(rows, NAME)
+    lines = verdicts(rows, [NAME, SHIPPED])
     if cache is not None and isinstance(policy, Path):
         measured = [row.to_dict() for row in summary(rows) if row.policy == NAME]
-        freeze_best(args, policy, {**card_of(args, journal, cache.digest), "verdicts": lines, "evaluation": measured})
+        own = {"verdicts": verdicts(rows, [NAME]), "evaluation": measured}
+        freeze_best(args, policy, card_of(args, journal, cache.digest) | own)
     show(rows, lines)
     failures = [row.to_dict() for row in rows if row.status == "diverged" or not row.within_budget]
     result = {
@@ -289,12 +291,12 @@ def freeze_best(args: DemoArgs, checkpoint: Path, card: dict[str, Any]) -> tuple
 
 
 def evaluation(args: DemoArgs, policy: Path | str) -> tuple[list[EvaluationRow], str]:
-    """The frozen file beside AdamW, every rung and the heuristics, on seeds that no stage has seen."""
+    """The frozen file beside AdamW, every rung, the heuristics and the shipped policy, on seeds that no stage has seen."""
     from train_policy.behaviours import behaviours
 
     size, seeds = args.size, [args.seed + i for i in range(args.size.evaluated)]
     low_rank = [] if args.low_rank is None else [f"fixed:{args.low_rank.name}"]
-    specs = list(dict.fromkeys(behaviours(["adamw", "fixed", *low_rank, *HEURISTICS, policy])))
+    specs = list(dict.fromkeys(behaviours(["adamw", "fixed", *low_rank, *HEURISTICS, SHIPPED, policy])))
     shared: dict[str, Any] = {"workers": args.workers, "progress": err_console.is_terminal}
     rows: list[EvaluationRow] = []
     cases = ((size.workloads, size.budgets, size.steps), (size.held_out, size.held_out_budgets, size.held_out_steps))

@@ -1,4 +1,4 @@
-"""The demo's last table: the learned policy beside AdamW, every fixed rung and the heuristics, and where it stands."""
+"""The demo's last table: learned policies beside AdamW, every fixed rung and the heuristics, and where they stand."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,16 @@ from train_policy.gate import bootstrap_interval
 Rows = Sequence[EvaluationRow]
 
 
-def verdicts(rows: Rows, learned: str) -> list[str]:
-    """Where the learned policy stands against the best fixed rung that fits the same bytes, per workload and budget."""
-    cases = dict.fromkeys((row.workload, row.budget) for row in rows if row.policy == learned)
-    return [f"{work} at {budget} of AdamW's bytes: {_verdict(rows, learned, work, budget)}" for work, budget in cases]
+def verdicts(rows: Rows, learned: Sequence[str]) -> list[str]:
+    """Where learned policies stand against the best fixed rung that fits the same bytes, per workload and budget."""
+    cases = dict.fromkeys((name, row.workload, row.budget) for name in learned for row in rows if row.policy == name)
+    return [f"{name} on {work} at {size} of AdamW's bytes: {_verdict(rows, name, work, size)}" for name, work, size in cases]
 
 
 def _verdict(rows: Rows, learned: str, workload: str, budget: float | int | str) -> str:
     rung = best_fixed(rows, workload, budget)
     if rung is None:
-        return "no fixed rung fits, the learned policy does"
+        return "no fixed rung fits, this does"
     mine, theirs = (_losses(rows, name, workload, budget) for name in (learned, rung))
     gains = [100 * (mine[seed] - theirs[seed]) / theirs[seed] for seed in mine if seed in theirs]
     if len(gains) < 2:
@@ -51,6 +51,6 @@ def show(rows: Rows, lines: Sequence[str]) -> None:
     body.sort(key=lambda line: (line[1], line[2], line[5]))
     caption = "held: the budget, after every step; gap: held-out loss above AdamW's; step time: over AdamW's.\n"
     print_table("Under a byte budget, mean over seeds", columns, body, f"{caption}Fixed rungs that do not fit are left out.")
-    console.print("The learned policy against the best fixed rung of equal bytes:")
+    console.print("Learned policies against the best fixed rung of equal bytes:")
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False)

@@ -67,7 +67,8 @@ class SummaryRow:
     budget: Budget
     budget_bytes: int
     seeds: int                                           # runs with a validation loss
-    failed: int                                          # runs without one: diverged or did not fit
+    failed: int                                          # runs without one, but for those below: they diverged
+    unfit: int                                           # runs of a fixed config that does not fit the budget
     val_loss: float | None
     gap: float | None
     gap_low: float | None                                # bootstrap interval of the mean gap; None below 2 seeds
@@ -168,7 +169,8 @@ def _summarise(group: Sequence[EvaluationRow], level: float) -> SummaryRow:
         budget=first.budget,
         budget_bytes=first.budget_bytes,
         seeds=len(gaps),
-        failed=len(group) - len(gaps),
+        failed=sum(row.gap is None and row.fits for row in group),
+        unfit=sum(not row.fits for row in group),
         val_loss=_mean(row.val_loss for row in group),
         gap=_mean(gaps),
         gap_low=low,

@@ -8,7 +8,7 @@ from mango.policy_file import freeze, load_policy
 from train_policy.provenance import about
 
 PICKLES = (".zip", ".d3")
-SUMMARY = ("policy", "workload", "budget", "seeds", "failed", "val_loss", "gap", "gap_low", "gap_high",
+SUMMARY = ("policy", "workload", "budget", "seeds", "failed", "unfit", "val_loss", "gap", "gap_low", "gap_high",
            "gap_full", "gap_full_low", "gap_full_high", "within_budget")  # fmt: skip
 
 
