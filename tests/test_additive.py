@@ -161,6 +161,8 @@ def adamw_layer() -> Tensor:
 def test_bits_cost_by_how_they_round_and_a_gain_is_no_cost() -> None:
     found = dict(zip(LADDER.names, Costs(np.ones(len(SHRINKAGE)), 0.5)(adamw_layer())[0].tolist(), strict=True))
     assert found["m2v0"] > found["m4v0"] > found["m6v0"] > found["m8v0"] > found["full"] == 0.0
+    assert found["m8v4"] > found["m8v8"] > found["m16v8"] > found["m16v16"] == 0.0
+    assert found["m16v8"] == pytest.approx((found["m8v4"] - found["m8v8"]) / (10**0.8 - 1), rel=1e-3)       # a tenth of the error
     gains = Costs(-np.ones(len(SHRINKAGE)), 0.5)
     assert not gains(adamw_layer()).any() and float(gains.effects(adamw_layer())[0, LADDER.index("m8v0")]) < 0
 

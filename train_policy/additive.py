@@ -5,9 +5,9 @@ al. 2018) it is taken as a sum over layers and decisions, here of linear functio
 decision is made (early, late), how it trains (its rate, the noise of its gradients), what is kept of each moment, and the
 errors that were measured. Runs whose allocations were drawn at random (`factorial` in `train_policy.behaviours`) tell the
 terms apart; runs of one workload, seed and rate are compared with each other and with their twin alone, in units of what
-allocations at random differ by there. What bits cost goes by how they round, so fine formats borrow from coarse ones, and
-coefficients are shrunk (ridge), the special ones more than the general ones, so a kind that was seen rarely borrows from the
-others; how much is chosen by leaving whole workload families out.
+allocations at random differ by there. What bits of a moment cost goes by how they round, so fine formats borrow from coarse
+ones, and coefficients are shrunk (ridge), the special ones more than the general ones, so a kind that was seen rarely borrows
+from the others; how much is chosen by leaving whole workload families out.
 
 What a rung is expected to lose in a family that was not seen is its cost. Costs add up over layers, so minus the cost is a
 score, and the optimizer's knapsack picks the allocation of least predicted loss for every budget. `additive` fits them and
@@ -31,6 +31,7 @@ from mango.features import FEATURE_INDEX, FEATURES, KINDS, RULES
 from mango.networks import PolicyNetwork
 from mango.policies import best_scored, feature
 from mango.rules import ROUNDING_ERROR
+from mango.statistics import PRIOR
 from mango_env.cache import TrajectoryCache
 from mango_env.workloads import split_options
 from train_policy.batches import group_sums, runs_of
@@ -43,7 +44,9 @@ RANKS = (1, 4, 8, 32, 128)
 BITS = (2, 4, 6, 8)                                      # 16 and more cost nothing
 MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), *(f"{bits} bits" for bits in BITS))
 VARIANCE = ("factors", "4 bits", "8 bits")
-VARIANCE_PRIOR = (8.0, 32.0, 64.0)                       # shrinkage by level: fine rounding costs little
+VARIANCE_PRIOR = (8.0, 32.0)                             # shrinkage: of factors, of rounding, which costs little
+VARIANCE_ERROR = {bits: PRIOR[f"error_variance_{bits}"] for bits in (4, 8)}
+ROUNDING_POWER = 0.8                                     # of a relative error; 0.6 to 1 fit as well
 CIRCUMSTANCES = 3                                        # see `circumstances`
 CONTEXT_SIZES = [1, len(RULES), len(KINDS), len(KINDS) * len(RULES), CIRCUMSTANCES, CIRCUMSTANCES * len(RULES)]
 CONTEXT_PRIOR = np.repeat([1.0, 2.0, 2.0, 4.0, 2.0, 4.0], CONTEXT_SIZES)
@@ -70,9 +73,14 @@ def momentum_level(config: CompressionConfig) -> int:
 
 
 def rounding(config: CompressionConfig) -> float:
-    """How far what is kept of the first moment is rounded: 1 for 2 bits. Powers of 0.6 to 1 of the error fit as well."""
+    """How far what is kept of the first moment is rounded: 1 for 2 bits."""
     bits = config.factor_bits_q if config.rank else config.momentum_bits
-    return float((ROUNDING_ERROR.get(bits, 0.0) / ROUNDING_ERROR[2]) ** 0.8)
+    return float((ROUNDING_ERROR.get(bits, 0.0) / ROUNDING_ERROR[2]) ** ROUNDING_POWER)
+
+
+def variance_rounding(config: CompressionConfig) -> float:
+    """How far the second moment is rounded: 1 for 4 bits."""
+    return float((VARIANCE_ERROR.get(config.variance_bits, 0.0) / VARIANCE_ERROR[4]) ** ROUNDING_POWER)
 
 
 def variance_level(config: CompressionConfig) -> int:
@@ -98,7 +106,8 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     nothing, ranks, _ = torch.tensor_split(kept, (1, 1 + len(RANKS)), 1)
     rounded = torch.tensor([[rounding(rung)] for rung in ladder])[rungs]
     momentum = torch.cat([nothing, ranks * shortfall(obs), rounded], 1)
-    variance, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
+    kept, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
+    variance = torch.cat([kept[:, :1], torch.tensor([[variance_rounding(rung)] for rung in ladder])[rungs]], 1)
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
         _outer(variance * scales_steps, _outer(early_late, torch.cat([one, kinds], 1))),
