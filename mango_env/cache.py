@@ -11,8 +11,8 @@ Row r + 1 of `observations` is the next observation of row r, so none is stored 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from mango.config import KNOBS
 from mango.features import FEATURE_DIM
 from mango_env.dataset import TrajectoryDataset
 from mango_env.episode import FLAGS, INFOS, Array, Episode, info_dtype
+from mango_env.flat_file import ROWS, FlatFile, is_flat, open_flat, write_flat
 from mango_env.layout import Header, Paths, explained, read_json, sync
 from mango_env.locks import locked
 
@@ -168,7 +169,7 @@ class TrajectoryCache:
 
 
 def build_cache(root: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> TrajectoryCache:
-    """The cache of a store (a folder or a file made by `compact`), built if it is not there yet.
+    """The cache of a store (a folder or a file made by `compact`) or of a flat file (`flatten`), built if it is not there yet.
 
     It lies in the store's own `cache`, beside a file as `<file>.cache`, or in `folder`: a faster disk, or somewhere else
     because the store cannot be written. Episodes are streamed, so memory holds one at a time. It is written aside and
@@ -177,50 +178,99 @@ def build_cache(root: str | os.PathLike[str], folder: str | os.PathLike[str] | N
 
     Raises ValueError for a damaged store, OSError where the cache cannot be written.
     """
-    dataset = TrajectoryDataset(root)
-    beside = dataset.path.with_name(f"{dataset.path.name}.cache") if dataset.path.is_file() else Paths.of(root).cache
+    path = Path(root)
+    beside = path.with_name(f"{path.name}.cache") if path.is_file() else Paths.of(root).cache
     folder = beside if folder is None else Path(folder)
-    target = folder / dataset.digest
+    if is_flat(path):
+        with open_flat(path) as flat:
+            return _cached(folder, f"{flat.digest}-{flat.bits}", lambda target: _unpack(flat, target))
+    dataset = TrajectoryDataset(path)
+    return _cached(folder, dataset.digest, lambda target: _build(dataset, target))
+
+
+def flatten(cache: TrajectoryCache, path: str | os.PathLike[str], bits: int = 10) -> Path:
+    """A cache, or a selection of it, as one small file that `build_cache` reads; floats keep `bits` bits of their mantissas.
+
+    Raises ValueError where `bits` is not 1 to 23 or `path` does not end in .h5, OSError where it cannot be written.
+    """
+    spans = zip(cache.begins.tolist(), cache.lengths.tolist(), strict=True)
+    rows = np.concatenate([np.arange(begin, begin + length + 1) for begin, length in spans] or [np.zeros(0, np.int64)])
+
+    def blocks(column: Array) -> Iterator[Array]:
+        yield from (column.take(rows[at : at + ROWS], 0) for at in range(0, len(rows), ROWS))
+
+    columns = {name: blocks(column) for name, column in cache.columns.items()}
+    return write_flat(
+        Path(path), columns, header=cache.header, digest=cache.digest, bits=bits, lengths=cache.lengths,
+        attributes=cache.attributes,
+    )  # fmt: skip
+
+
+def _cached(folder: Path, name: str, build: Callable[[Path], None]) -> TrajectoryCache:
+    """The cache of that name in a folder; what builds it is called, by one process at a time, where there is none."""
+    target = folder / name
     if not (target / "cache.json").exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / ".lock"):
                 if not (target / "cache.json").exists():
-                    _build(dataset, target)
+                    build(target)
         except OSError as error:
             raise explained(error, f"cannot write the cache {target}", "make room or make the folder writable") from error
     return load_cache(target)
 
 
 def _build(dataset: TrajectoryDataset, target: Path) -> None:
+    lengths: list[int] = []
+    facts: list[Mapping[str, Any]] = []
+    rows = dataset.transitions + len(dataset)
+    with _published(target, rows, dataset.digest, dataset.header) as (folder, files):
+        for episode in dataset:
+            _append(files, episode)
+            lengths.append(len(episode))
+            facts.append(episode.attributes)
+        if sum(lengths) != dataset.transitions:
+            found = f"expected {dataset.transitions} transitions, found {sum(lengths)}"
+            raise ValueError(f"{dataset.path}: {found}; rebuild the index with `mango data salvage {dataset.path}`")
+        _describe(folder, lengths, _table(facts))
+
+
+def _unpack(flat: FlatFile, target: Path) -> None:
+    with _published(target, flat.rows, flat.digest, flat.header) as (folder, files):
+        for name, (dtype, shape) in COLUMNS.items():
+            column = flat.columns.get(name)
+            if column is None or (column.shape, column.dtype) != ((flat.rows, *shape), dtype):
+                raise ValueError(f"{target.parent}: the flat file is damaged: no {name} of {flat.rows} rows; write it anew")
+            for block in flat.blocks(name):
+                files[name].write(block.tobytes())
+        _describe(folder, flat.lengths, flat.attributes)
+
+
+@contextmanager
+def _published(target: Path, rows: int, digest: str, header: Header) -> Iterator[tuple[Path, Mapping[str, IO[bytes]]]]:
+    """A folder and files in it for the columns of a cache, by name; it becomes `target` when all is written."""
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)             # left by a builder that was killed: we hold the lock
     shutil.rmtree(target, ignore_errors=True)                # a cache without cache.json is none
     temporary.mkdir()
-    rows = dataset.transitions + len(dataset)
-    lengths: list[int] = []
-    facts: list[Mapping[str, Any]] = []
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((temporary / f"{name}.npy").open("wb")) for name in COLUMNS}
             for name, file in files.items():
                 _npy_header(file, name, rows)
-            for episode in dataset:
-                _append(files, episode)
-                lengths.append(len(episode))
-                facts.append(episode.attributes)
-        if sum(lengths) != dataset.transitions:
-            found = f"expected {dataset.transitions} transitions, found {sum(lengths)}"
-            raise ValueError(f"{dataset.path}: {found}; rebuild the index with `mango data salvage {dataset.path}`")
-        _write(temporary / "attributes.json", _table(facts))
-        np.save(temporary / "lengths.npy", np.array(lengths, np.int64))
-        summary = {"cache_version": CACHE_VERSION, "digest": dataset.digest, "rows": rows, "mango": dataset.header.to_dict()}
+            yield temporary, files
+        summary = {"cache_version": CACHE_VERSION, "digest": digest, "rows": rows, "mango": header.to_dict()}
         _write(temporary / "cache.json", summary)
         os.replace(temporary, target)
         sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _describe(folder: Path, lengths: Sequence[int] | Array, attributes: Mapping[str, list[Any]]) -> None:
+    np.save(folder / "lengths.npy", np.asarray(lengths, np.int64))
+    _write(folder / "attributes.json", attributes)
 
 
 def _npy_header(file: IO[bytes], name: str, rows: int) -> None:

@@ -109,6 +109,8 @@ class TrajectoryDataset:
 def _metadata_inside(file: Path) -> dict[str, Any]:
     """What a file made by `compact` says of itself; a single shard is read as a store, too."""
     with open_shard(file) as opened:
+        if "mango_flat" in opened.attrs:
+            raise ValueError(f"{file} has flat arrays for training, no episodes; give the store, or a file made by compact")
         text = opened.attrs.get("metadata")
     if isinstance(text, str):
         found: dict[str, Any] = json.loads(text)

@@ -166,6 +166,8 @@ def test_the_data_commands_look_check_cache_split_merge_and_pack(store: Path, tm
     assert run("info", str(tmp_path / "merged"))["digest"] == found["digest"]
     assert run("compact", str(store), "--out", str(tmp_path / "one.h5"))["bytes"] > 0
     assert run("info", str(tmp_path / "one.h5"))["digest"] == found["digest"]
+    assert run("flatten", str(store), "--out", str(tmp_path / "flat.h5"), "--bits", "7")["bits"] == 7
+    assert run("cache", str(tmp_path / "flat.h5"))["transitions"] == found["transitions"]
     assert run("salvage", str(store))["episodes"] == 0
 
 

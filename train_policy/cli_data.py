@@ -128,6 +128,23 @@ def compact(
 
 @data_app.command()
 @guarded
+def flatten(
+    store: Store,
+    out: Annotated[Path, typer.Option(help="the file, ending in .h5 or .hdf5")],
+    bits: Annotated[int, typer.Option(help="what floats keep of the 23 bits of their mantissas")] = 10,
+    json: JsonOption = None,
+) -> None:
+    """What training reads as one small file: `--data` takes it in the place of a store. Episodes cannot be had back."""
+    from mango_env.cache import build_cache
+    from mango_env.cache import flatten as pack
+
+    path = pack(build_cache(store), out, bits)
+    told = f"wrote {path}, {path.stat().st_size:,} bytes"
+    emit(json, {"path": str(path), "bytes": path.stat().st_size, "bits": bits}, lambda: console.print(told, highlight=False))
+
+
+@data_app.command()
+@guarded
 def cache(store: Store, json: JsonOption = None) -> None:
     """Build the flat arrays that training reads, unless they are there already."""
     from mango_env.cache import build_cache
