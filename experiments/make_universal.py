@@ -1,6 +1,7 @@
 """Makes the shipped policy `universal` from seeds: record, learn in stages, gate, freeze, evaluate where it never was.
 
     python -m experiments.make_universal --root runs/universal                 # hours on 2 cores
+    python -m experiments.make_universal --root runs/universal --data trajectories/universal.h5  # what is recorded already
     python -m experiments.make_universal --root runs/universal --small         # a quarter of an hour, without any download
 
 Every step goes on where it stopped. `<root>/data` has the trajectories, `<root>/*.safetensors` the stages, `<root>/gates.json`
@@ -70,9 +71,11 @@ SMALL = Scale(
 )  # fmt: skip
 
 
-def record(scale: Scale, root: Path, workers: int) -> tuple[Campaign, TrajectoryCache]:
-    """The campaign's trajectories, checked."""
+def record(scale: Scale, root: Path, workers: int, data: Path | None) -> tuple[Campaign, TrajectoryCache]:
+    """The campaign's trajectories, checked; or those of a store or flat file that has them."""
     campaign = read_campaign(CONFIG, runs=scale.runs, **scale.changes)
+    if data is not None:
+        return campaign, build_cache(data, root / "cache")
     run_campaign(campaign, root / "data", workers=workers, progress=True)
     report = validate(root / "data")
     if not report.ok:
@@ -158,10 +161,13 @@ def learn(scale: Scale, root: Path, cache: TrajectoryCache, workers: int) -> tup
     return standing, gates
 
 
-def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9) -> Path:
-    """All steps; returns the frozen policy. No run of the evaluation starts after so many minutes; called again it goes on."""
+def make(scale: Scale, root: Path, out: Path, workers: int, minutes: float = 1e9, data: Path | None = None) -> Path:
+    """All steps; returns the frozen policy. No run of the evaluation starts after so many minutes; called again it goes on.
+
+    With `data`, a store or flat file of the campaign, nothing is recorded.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    campaign, cache = record(scale, root, workers)
+    campaign, cache = record(scale, root, workers, data)
     standing, gates = learn(scale, root, cache, workers)
     steps, rules = (" or ".join(map(str, drawn)) for drawn in (campaign.horizon, campaign.rules))
     fitted = additive.fit(additive.outcomes_of(cache))
@@ -199,10 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder of everything in between")
     parser.add_argument("--out", type=Path, default=ROOT / "policies", help="folder of the frozen policy; default: policies")
     parser.add_argument("--small", action="store_true", help="no download, a quarter of an hour")
+    parser.add_argument("--data", type=Path, help="a store or flat file of the campaign; default: record it")
     parser.add_argument("--workers", type=int, default=2, help="processes; default 2")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no evaluation after so many; called again it goes on")
     args = parser.parse_args(arguments)
-    path = make(SMALL if args.small else FULL, args.root, args.out, args.workers, args.minutes)
+    path = make(SMALL if args.small else FULL, args.root, args.out, args.workers, args.minutes, args.data)
     print(f"{path}: {path.stat().st_size:,} bytes, stage {load_policy(path).card['stage']}")
 
 
