@@ -15,7 +15,7 @@ UPDATE_LIMIT = 10.0                          # no entry moves by more than this 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)    # coefficients of Muon's quintic iteration (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
 RMS_OF_ADAMW = 0.2                           # of an update's entries in learning rates (Liu et al. 2025, sec. 2.2)
-ROUNDING_ERROR = {2: 0.6, 4: 0.13, 6: 0.05, 8: 0.007}      # of a normal sample by bits, relative; 8 to nearest, others by chance
+ROUNDING_ERROR = {2: 0.6, 4: 0.13, 6: 0.03, 8: 0.007}      # of a normal sample by bits, relative, rounded to nearest
 
 
 @dataclass(frozen=True, slots=True)

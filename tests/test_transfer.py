@@ -10,6 +10,7 @@ import pytest
 from experiments import make_universal, transfer
 from experiments.tuning import tune
 from mango.policy_file import load_policy
+from mango_env.cache import build_cache, flatten
 
 ARGS = transfer.Args(
     workloads="digits_mlp", rules="adamw", budgets="0.25", policies="water-filling", fixed="m0v0,m4v0,m8v8", seeds=2, steps=6,
@@ -94,3 +95,6 @@ def test_a_slice_of_make_policies_records_learns_gates_and_freezes(tmp_path: Pat
     assert card["evaluation"] and {row["policy"] for row in card["evaluation"]} == {"universal"}
     gates = json.loads((tmp_path / "root" / "gates.json").read_text())
     assert gates["standing"] == card["stage"]
+    recorded = build_cache(tmp_path / "root" / "data")
+    _, again = make_universal.record(scale, tmp_path / "again", 1, flatten(recorded, tmp_path / "flat.h5"))
+    assert again.digest == recorded.digest == card["training_data_digest"] and len(again) == len(recorded)

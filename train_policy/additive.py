@@ -30,7 +30,6 @@ from mango.config import LADDER, CompressionConfig, Ladder
 from mango.features import FEATURE_INDEX, FEATURES, KINDS, RULES
 from mango.networks import PolicyNetwork
 from mango.policies import best_scored, feature
-from mango.rules import ROUNDING_ERROR
 from mango.statistics import PRIOR
 from mango_env.cache import TrajectoryCache
 from mango_env.workloads import split_options
@@ -45,6 +44,7 @@ BITS = (2, 4, 6, 8)                                      # 16 and more cost noth
 MOMENTUM = ("none", *(f"rank {rank}" for rank in RANKS), *(f"{bits} bits" for bits in BITS))
 VARIANCE = ("factors", "4 bits", "8 bits")
 VARIANCE_PRIOR = (8.0, 32.0)                             # shrinkage: of factors, of rounding, which costs little
+MOMENTUM_ERROR = {2: 0.6, 4: 0.13, 6: 0.05, 8: 0.007}    # relative, of a normal sample; 8 bits to nearest, others by chance
 VARIANCE_ERROR = {bits: PRIOR[f"error_variance_{bits}"] for bits in (4, 8)}
 ROUNDING_POWER = 0.8                                     # of a relative error; 0.6 to 1 fit as well
 CIRCUMSTANCES = 3                                        # see `circumstances`
@@ -75,7 +75,7 @@ def momentum_level(config: CompressionConfig) -> int:
 def rounding(config: CompressionConfig) -> float:
     """How far what is kept of the first moment is rounded: 1 for 2 bits."""
     bits = config.factor_bits_q if config.rank else config.momentum_bits
-    return float((ROUNDING_ERROR.get(bits, 0.0) / ROUNDING_ERROR[2]) ** ROUNDING_POWER)
+    return float((MOMENTUM_ERROR.get(bits, 0.0) / MOMENTUM_ERROR[2]) ** ROUNDING_POWER)
 
 
 def variance_rounding(config: CompressionConfig) -> float:
