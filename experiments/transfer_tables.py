@@ -9,7 +9,8 @@ from typing import Any
 
 Totals = dict[tuple[float, str], dict[str, Any]]          # by budget and policy
 POLICY, HEURISTIC = "universal", "water-filling"
-POLICIES = (POLICY, "universal_tree", HEURISTIC, "sensitivity", "error-constrained", "adaptive", "scheduled", "random")
+POLICIES = (POLICY, "universal_tree", "bc", "iql", "ppo", HEURISTIC, "sensitivity", "error-constrained", "adaptive", "scheduled",
+            "random")  # fmt: skip
 SHORT = (POLICY, HEURISTIC, "sensitivity", "error-constrained", "random")
 RULES = ("muon", "adamw")
 
