@@ -6,11 +6,15 @@ import h5py
 import numpy as np
 import pytest
 
+from mango.policy_file import load_policy
 from mango_env import flat_file
 from mango_env.cache import COLUMNS, TrajectoryCache, build_cache, flatten
 from mango_env.dataset import TrajectoryDataset
 from mango_env.flat_file import rounded
 from tests.made_episodes import make_episode, writer
+from train_policy.additive import outcomes_of
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -66,9 +70,17 @@ def test_rounding_is_to_the_nearest_and_ties_to_even() -> None:
 
 
 def test_a_recorded_store_takes_a_fraction_of_its_bytes(tmp_path: Path) -> None:
-    fixture = Path(__file__).parent.parent / "trajectories" / "fixture"
+    fixture = ROOT / "trajectories" / "fixture"
     path = flatten(build_cache(fixture, tmp_path), tmp_path / "flat.h5")
     assert path.stat().st_size < 0.3 * TrajectoryDataset(fixture).nbytes
+
+
+def test_the_shipped_data_is_what_the_shipped_policy_learned_from(tmp_path: Path) -> None:
+    shipped = build_cache(ROOT / "trajectories" / "universal.h5", tmp_path)
+    card = load_policy("universal").card
+    assert shipped.digest == card["training_data_digest"] and len(set(shipped.attributes["run_id"])) == card["runs"]
+    found = outcomes_of(shipped.select(np.arange(0, len(shipped.lengths), 50)))
+    assert np.isfinite(found.loss).all() and set(found.family) == set(card["trained_on"])
 
 
 def test_bad_input_is_refused_and_leaves_nothing(cache: TrajectoryCache, tmp_path: Path) -> None:
