@@ -1,6 +1,6 @@
 """How much of the costs that were learned does a policy's allocation lose, and how much would fewer runs have changed them?
 
-    python -m experiments.cost_fidelity --out benchmarks/results/cost_fidelity.json      # minutes; data of `make policies`
+    python -m experiments.cost_fidelity --out benchmarks/results/cost_fidelity.json      # minutes
 
 Costs (train_policy/additive.py) are fitted to all runs of a store. On decisions of some of its runs the knapsack divides every
 budget by these costs, by the scores of policies, and by costs that were fitted to a share of the runs drawn at random. `best` is
@@ -32,7 +32,7 @@ from train_policy.evaluate import policy_of, spec_name
 
 @dataclass(frozen=True)
 class Args:
-    data: Path = Path("runs/universal/data")
+    data: Path = Path("trajectories/universal.h5")       # what `universal` learned from, or another store
     policies: str = "universal"                          # shipped names, paths, water-filling; all that give scores
     budgets: str = "0.03125,0.0625,0.125,0.25"           # of AdamW's state bytes
     shares: str = "0.5,0.8"                              # of the runs that costs are fitted to anew

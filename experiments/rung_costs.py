@@ -1,7 +1,6 @@
 """What the rungs cost in final loss, by rule, rate and half of the run, according to a campaign of designed experiments.
 
-    python -m trajectories.campaign --config trajectories/universal.yml --root runs/universal/data
-    python -m experiments.rung_costs --out benchmarks/results/rung_costs.json
+    python -m experiments.rung_costs --out benchmarks/results/rung_costs.json      # or --data of another campaign
 
 Fits `train_policy/additive.py` to the store and prints the mean effect of each rung, had the whole model it for that half, over
 layers that trained at the lower and at the higher half of the rates. The unit is the standard deviation of final losses between
@@ -24,7 +23,7 @@ from train_policy.batches import observations_of
 
 @dataclass(frozen=True)
 class Args:
-    data: Path = Path("runs/universal/data")             # a store with final losses and twins
+    data: Path = Path("trajectories/universal.h5")       # a store or flat file with final losses and twins
     out: Path = Path("runs/rung_costs.json")
 
 

@@ -7,7 +7,7 @@ Every student learns the teacher's rung scores on the same recorded runs, decisi
 in turn, and the knapsack divides the same budget by the scores of each: the share of decisions with the same rung in every
 layer, the share of layers with the same rung, and how much of the teacher's score is lost. `_often`: the same where every
 observation comes four times in a row, as if decisions were four times as frequent; a memory notices, and should not.
-The data is what `python -m experiments.make_universal --root runs/universal` records.
+The data is what the policy itself learned from.
 """
 
 import time
@@ -49,7 +49,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Args:
-    data: Path = Path("runs/universal/data")
+    data: Path = Path("trajectories/universal.h5")
     teacher: str = "universal"
     students: str = "mlp,lstm,tinyformer"
     left_out: str = "source_lm,mnist_cnn"               # families that no student sees
