@@ -5,7 +5,7 @@
 Every student learns the teacher's rung scores on the same recorded runs, decision after decision, and on mixtures of them (as
 `train_policy/additive.py` does it), without some families and a fifth of the other runs. On those, teacher and student are asked
 in turn, and the knapsack divides the same budget by the scores of each: the share of decisions with the same rung in every
-layer, the share of layers with the same rung, and how much of the teacher's score is lost. `_often`: the same where every
+layer, the share of layers with the same rung, and how much is lost of what the teacher's scores say is at stake. `_often`: the same where every
 observation comes four times in a row, as if decisions were four times as frequent; a memory notices, and should not.
 The data is what the policy itself learned from.
 """
@@ -41,7 +41,7 @@ STUDENTS: dict[str, dict[str, Any]] = {                 # of about the teacher's
     "tinyformer": {"hidden_dim": 64, "num_layers": 6, "num_heads": 4},
 }
 TOGETHER = ("kind_", "rule_", "error_")                 # features that are mixed as one
-MEASURES = ("equal", "layers_equal", "score_lost", "equal_often")
+MEASURES = ("equal", "layers_equal", "lost", "at_stake", "equal_often")
 OFTEN = 4                                               # times that an observation comes in a row
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -149,16 +149,20 @@ def fidelity(
                     values = compared(truth, best, own, again, nbytes.argmin(1))
                     for name, value in zip(MEASURES, values, strict=True):
                         found[budget][name].append(value)
-    means = {budget: {name: fmean(values) for name, values in one.items() if values} for budget, one in found.items()}
-    return [{"budget": budget, "decisions": float(len(found[budget]["equal"]))} | one for budget, one in means.items() if one]
+    rows = []
+    for budget, one in found.items():
+        if one["equal"]:
+            means = {name: fmean(values) for name, values in one.items()}
+            share = means.pop("lost") / max(means.pop("at_stake"), 1e-9)
+            rows.append({"budget": budget, "decisions": float(len(one["equal"])), "score_lost": share} | means)
+    return rows
 
 
-def compared(truth: Floats, best: Ints, own: Ints, often: Ints, least: Ints) -> tuple[float, float, float, float]:
+def compared(truth: Floats, best: Ints, own: Ints, often: Ints, least: Ints) -> tuple[float, float, float, float, float]:
     """`MEASURES` of one decision: the teacher's scores (L, R), and four allocations (L,)."""
     rows = np.arange(len(best))
     top, mine, bottom = (float(truth[rows, pick].sum()) for pick in (best, own, least))
-    lost = (top - mine) / max(top - bottom, 1e-9)
-    return float((best == own).all()), float((best == own).mean()), lost, float((best == often).all())
+    return float((best == own).all()), float((best == own).mean()), top - mine, top - bottom, float((best == often).all())
 
 
 def milliseconds(policy: FrozenPolicy, layers: int, past: int = 100, calls: int = 21) -> float:

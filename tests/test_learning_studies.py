@@ -140,8 +140,8 @@ def test_mixed_sequences_keep_every_feature_in_time() -> None:
 
 def test_an_allocation_loses_nothing_where_it_is_the_teachers() -> None:
     truth, zero, one = np.array([[0.0, 3.0], [0.0, 1.0]]), np.array([0, 0]), np.array([1, 1])
-    assert trunk_variants.compared(truth, one, one, one, zero) == (1.0, 1.0, 0.0, 1.0)
-    assert trunk_variants.compared(truth, one, np.array([1, 0]), zero, zero) == (0.0, 0.5, 0.25, 0.0)
+    assert trunk_variants.compared(truth, one, one, one, zero) == (1.0, 1.0, 0.0, 4.0, 1.0)
+    assert trunk_variants.compared(truth, one, np.array([1, 0]), zero, zero) == (0.0, 0.5, 1.0, 4.0, 0.0)
 
 
 def test_students_learn_their_teachers_scores_and_are_compared_on_runs_they_have_not_seen(tmp_path: Path) -> None:
