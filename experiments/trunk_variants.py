@@ -5,9 +5,9 @@
 Every student learns the teacher's rung scores on the same recorded runs, decision after decision, and on mixtures of them (as
 `train_policy/additive.py` does it), without some families and a fifth of the other runs. On those, teacher and student are asked
 in turn, and the knapsack divides the same budget by the scores of each: the share of decisions with the same rung in every
-layer, the share of layers with the same rung, and how much is lost of what the teacher's scores say is at stake. `_often`: the same where every
-observation comes four times in a row, as if decisions were four times as frequent; a memory notices, and should not.
-The data is what the policy itself learned from.
+layer, the share of layers with the same rung, and how much is lost of what the teacher's scores say is at stake. `_often`: the
+same where every observation comes four times in a row, as if decisions were four times as frequent; a memory notices, and
+should not. The data is what the policy itself learned from.
 """
 
 import time
