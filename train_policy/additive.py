@@ -75,12 +75,17 @@ def momentum_level(config: CompressionConfig) -> int:
 def rounding(config: CompressionConfig) -> float:
     """How far what is kept of the first moment is rounded: 1 for 2 bits."""
     bits = config.factor_bits_q if config.rank else config.momentum_bits
-    return float((MOMENTUM_ERROR.get(bits, 0.0) / MOMENTUM_ERROR[2]) ** ROUNDING_POWER)
+    return _rounding(bits, MOMENTUM_ERROR)
 
 
 def variance_rounding(config: CompressionConfig) -> float:
     """How far the second moment is rounded: 1 for 4 bits."""
-    return float((VARIANCE_ERROR.get(config.variance_bits, 0.0) / VARIANCE_ERROR[4]) ** ROUNDING_POWER)
+    return _rounding(config.variance_bits, VARIANCE_ERROR)
+
+
+def _rounding(bits: int, errors: Mapping[int, float]) -> float:
+    """1 for the coarsest format, 0 for one that has no error."""
+    return float((errors.get(bits, 0.0) / max(errors.values())) ** ROUNDING_POWER)
 
 
 def variance_level(config: CompressionConfig) -> int:
@@ -104,10 +109,10 @@ def design(obs: Tensor, rungs: Tensor, ladder: Ladder = LADDER) -> Tensor:
     early_late, scales_steps = hats(obs), rules[:, [RULES.index("adamw")]]     # other rules keep no second moment
     kept, momentum_error = _level(obs, rungs, [momentum_level(rung) for rung in ladder], len(MOMENTUM), _momentum_errors(obs))
     nothing, ranks, _ = torch.tensor_split(kept, (1, 1 + len(RANKS)), 1)
-    rounded = torch.tensor([[rounding(rung)] for rung in ladder])[rungs]
-    momentum = torch.cat([nothing, ranks * shortfall(obs), rounded], 1)
+    rounded = torch.tensor([[rounding(rung), variance_rounding(rung)] for rung in ladder])[rungs]
+    momentum = torch.cat([nothing, ranks * shortfall(obs), rounded[:, :1]], 1)
     kept, variance_error = _level(obs, rungs, [variance_level(rung) for rung in ladder], len(VARIANCE), _variance_errors(obs))
-    variance = torch.cat([kept[:, :1], torch.tensor([[variance_rounding(rung)] for rung in ladder])[rungs]], 1)
+    variance = torch.cat([kept[:, :1], rounded[:, 1:]], 1)
     return torch.cat([
         _outer(momentum, _outer(early_late, context)),
         _outer(variance * scales_steps, _outer(early_late, torch.cat([one, kinds], 1))),

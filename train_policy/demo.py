@@ -128,11 +128,11 @@ def run_demo(args: DemoArgs) -> dict[str, Any]:
     cache = None if args.compare_all else collect_stage(args, journal)
     policy = NAME if cache is None else learn(args, journal, cache)
     rows = journal.run("evaluate beside AdamW, fixed rungs and heuristics", lambda: evaluation(args, policy))
-    lines = verdicts(rows, [NAME, SHIPPED])
+    own = verdicts(rows, NAME)
+    lines = own + verdicts(rows, SHIPPED)
     if cache is not None and isinstance(policy, Path):
         measured = [row.to_dict() for row in summary(rows) if row.policy == NAME]
-        own = {"verdicts": verdicts(rows, [NAME]), "evaluation": measured}
-        freeze_best(args, policy, card_of(args, journal, cache.digest) | own)
+        freeze_best(args, policy, card_of(args, journal, cache.digest) | {"verdicts": own, "evaluation": measured})
     show(rows, lines)
     failures = [row.to_dict() for row in rows if row.status == "diverged" or not row.within_budget]
     result = {

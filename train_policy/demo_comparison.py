@@ -9,10 +9,10 @@ from train_policy.gate import bootstrap_interval
 Rows = Sequence[EvaluationRow]
 
 
-def verdicts(rows: Rows, learned: Sequence[str]) -> list[str]:
-    """Where learned policies stand against the best fixed rung that fits the same bytes, per workload and budget."""
-    cases = dict.fromkeys((name, row.workload, row.budget) for name in learned for row in rows if row.policy == name)
-    return [f"{name} on {work} at {size} of AdamW's bytes: {_verdict(rows, name, work, size)}" for name, work, size in cases]
+def verdicts(rows: Rows, learned: str) -> list[str]:
+    """Where a learned policy stands against the best fixed rung that fits the same bytes, per workload and budget."""
+    cases = dict.fromkeys((row.workload, row.budget) for row in rows if row.policy == learned)
+    return [f"{learned} on {work} at {size} of AdamW's bytes: {_verdict(rows, learned, work, size)}" for work, size in cases]
 
 
 def _verdict(rows: Rows, learned: str, workload: str, budget: float | int | str) -> str:
